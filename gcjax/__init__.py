@@ -1,0 +1,48 @@
+"""gcjax: adaptive gradient compression for data-parallel training in JAX."""
+
+from gcjax.aggregate import (
+    adapt,
+    aggregator,
+    as_local,
+    compressed_mean,
+    matrices_above,
+    over_workers,
+    power_sgd,
+    state_specs,
+)
+from gcjax.base import Aggregator, Compressor, Exchange, Layout, Selector
+from gcjax.compressors.quantize import cast, identity, natural, qsgd, sign, terngrad
+from gcjax.compressors.sparsify import random_k, threshold, top_k
+from gcjax.selectors.layers import lgreco, uniform
+
+__all__ = [
+    # aggregators and what makes them adaptive
+    "compressed_mean",
+    "power_sgd",
+    "aggregator",
+    "adapt",
+    "matrices_above",
+    # compressors
+    "identity",
+    "cast",
+    "top_k",
+    "random_k",
+    "threshold",
+    "qsgd",
+    "sign",
+    "terngrad",
+    "natural",
+    # selectors
+    "uniform",
+    "lgreco",
+    # mappings over workers
+    "over_workers",
+    "state_specs",
+    "as_local",
+    # types
+    "Aggregator",
+    "Compressor",
+    "Exchange",
+    "Layout",
+    "Selector",
+]

@@ -1,0 +1,324 @@
+"""The nouns of gcjax. Read this file first.
+
+**The problem.** N workers hold one model and different data. Every step each worker
+has a local gradient, and all need the mean. gcjax makes that exchange smaller and
+decides, while training runs, how small it may become in every layer.
+
+**The nouns.**
+
+*Worker*: one of the N holders of a gradient; a position on a named axis of `jax.vmap`,
+`jax.shard_map` or `jax.pmap`. The code is the same for all three.
+
+*Layer*: one tensor of the parameter tree that is compressed. Small and 1-D tensors are
+not layers; they travel together in one dense buffer.
+
+*Layout*: where each layer lies in the flat vector in which all layers are compressed
+at once.
+
+*Level*: an index into a compressor's ladder (`levels`): densities, bits or ranks. One
+level per layer, `int32[L]`. Levels are data: changing them does not recompile, because
+a message is a list of units of which a level sends a prefix or a subset, in a buffer
+whose length (*capacity*) comes from a static ladder through `lax.switch`.
+
+*Compressor*: local and pure, `Compressor` below. It never communicates.
+
+*Exchange*: one way to obtain the mean of all workers' vectors at given levels,
+`Exchange` below. All of them, and all collectives, are in `aggregate.py`.
+
+*Aggregator*: the optax transformation around an exchange: local gradients in, their
+mean out. It owns error feedback, the dense buffer, the skipping of non-finite steps
+and the re-selection of levels.
+
+*Selector*: tables in, levels out, `Selector` below.
+
+*Error feedback*: what a worker did not send at this step it adds to its next gradient.
+
+**The path of one gradient**, function by function:
+
+1. `aggregate.aggregator` -> `update`: the step of every worker. It splits the tree
+   with `Layout.flatten`, adds the error and calls, in this order:
+2. `aggregate.mean_dense`: the small tensors, and the flag of non-finite gradients.
+3. `aggregate.reselect`, every so often: `Compressor.errors` -> mean over workers ->
+   `Selector.update` -> levels.
+4. `Exchange.mean`, for most families `aggregate.compressed_mean` -> `mean`:
+   `Compressor.encode` (`sparsify.py`, `quantize.py`) -> `Compressor.pack` to a
+   capacity (`wire.py`) -> one collective (`aggregate.gather` or
+   `aggregate.all_reduce`) -> `Compressor.decode` to the mean. `power_sgd` has its own
+   exchange, with two collectives.
+5. `update` again: new error = what entered the compressor - what was sent; the mean
+   goes back into the tree and on to the optax optimizer.
+
+**Deviations from the design's sketch.** `encode` yields all layers' units at once from
+a flat vector, so that compile time does not grow with the number of layers. An
+`Aggregator` is a pair (init, update) like any optax transformation and carries, as an
+attribute, the function with which `adapt` rebuilds it around a selector: so one update
+function exists, and not one that wraps another.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+class Layout(NamedTuple):
+    """Where the layers lie in one flat float32 vector.
+
+    Every layer starts at a multiple of `row` elements and is padded with zeros, so
+    that the vector is `[num_rows, row]` and each row belongs to one layer.
+    """
+
+    paths: tuple[str, ...]  # tree path of each layer
+    shapes: tuple[tuple[int, ...], ...]
+    row: int  # elements in a row
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers L."""
+        return len(self.shapes)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Elements in each layer, int64[L]."""
+        return np.array([int(np.prod(s)) for s in self.shapes], np.int64)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of each layer, int64[L]."""
+        return -(-self.sizes // self.row)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all."""
+        return int(self.rows.sum())
+
+    @property
+    def size(self) -> int:
+        """Elements of the flat vector, padding included."""
+        return self.num_rows * self.row
+
+    @property
+    def first_row(self) -> np.ndarray:
+        """First row of each layer, int64[L]."""
+        return np.cumsum(self.rows) - self.rows
+
+    @property
+    def row_layer(self) -> np.ndarray:
+        """Layer of each row, int32[num_rows]."""
+        return np.repeat(np.arange(self.num_layers, dtype=np.int32), self.rows)
+
+    @property
+    def row_valid(self) -> np.ndarray:
+        """Elements of each row that are not padding, int32[num_rows]."""
+        end = (self.first_row * self.row + self.sizes)[self.row_layer]
+        start = np.arange(self.num_rows) * self.row
+        return np.clip(end - start, 0, self.row).astype(np.int32)
+
+    def valid(self) -> jax.Array:
+        """Mask of the elements that are not padding, bool[num_rows, row]."""
+        return jnp.arange(self.row, dtype=jnp.int32) < self.row_valid[:, None]
+
+    def sum_rows(self, per_row: jax.Array) -> jax.Array:
+        """Sums a value per row `[num_rows]` to one per layer `[L]`."""
+        return jax.ops.segment_sum(
+            per_row, self.row_layer, self.num_layers, indices_are_sorted=True
+        )
+
+    def max_rows(self, per_row: jax.Array) -> jax.Array:
+        """Largest value per layer `[L]` of a value per row `[num_rows]`."""
+        return jax.ops.segment_max(
+            per_row, self.row_layer, self.num_layers, indices_are_sorted=True
+        )
+
+    def flatten(self, leaves: list[jax.Array]) -> jax.Array:
+        """Lays the layers into one float32 vector `[size]`."""
+        if not leaves:
+            return jnp.zeros((0,), jnp.float32)
+        parts = []
+        for leaf, size, rows in zip(leaves, self.sizes, self.rows, strict=True):
+            flat = leaf.reshape(-1).astype(jnp.float32)
+            parts.append(jnp.pad(flat, (0, int(rows) * self.row - int(size))))
+        return jnp.concatenate(parts)
+
+    def unflatten(self, flat: jax.Array) -> list[jax.Array]:
+        """Takes the float32 layers, in their shapes, out of a vector `[size]`."""
+        return [
+            flat[int(first) * self.row :][: int(size)].reshape(shape)
+            for first, size, shape in zip(
+                self.first_row, self.sizes, self.shapes, strict=True
+            )
+        ]
+
+
+class Compressor(NamedTuple):
+    """Local, pure compression of a flat vector, each layer at its own level.
+
+    Shapes: L layers, V levels, `x` float32[layout.size] with zeros in the padding,
+    `levels` int32[L].
+    """
+
+    name: str  # the factory's name, for tables
+    levels: tuple[Any, ...]  # V values of the ladder, ascending: more is more bits
+    row: int  # elements in a row of the layout that it wants
+    # V flags: at this level E|x - C(x)|^2 < |x|^2, so error feedback stays bounded.
+    contraction: tuple[bool, ...]
+    # A message is float32 words whose mean over workers decodes to the mean.
+    linear: bool
+    words: Callable  # layout -> int64[L, V], 32-bit words of a layer's message
+    errors: Callable  # (layout, x) -> float32[L, V], squared error at every level
+    encode: Callable  # (layout, x, levels, keys) -> (units, x_hat float32[size])
+    pack: Callable  # (layout, units, levels, capacity) -> uint32[capacity]
+    # (layout, messages uint32[M, capacity], levels, units) -> float32[size], the mean
+    # of M messages. `units` are this worker's own, for what all workers share.
+    decode: Callable
+
+
+class Keys(NamedTuple):
+    """Random keys of one step."""
+
+    shared: jax.Array  # the same on all workers
+    worker: jax.Array  # this worker's own
+
+
+class Words(NamedTuple):
+    """32-bit words that one worker contributed to collectives, by kind."""
+
+    gathered: jax.Array  # int32, through all-gather
+    reduced: jax.Array  # int32, through all-reduce
+
+    def __add__(self, other: "Words") -> "Words":
+        return Words(self.gathered + other.gathered, self.reduced + other.reduced)
+
+
+class Exchange(NamedTuple):
+    """One way to obtain the mean of all workers' flat vectors."""
+
+    name: str
+    levels: tuple[Any, ...]
+    row: int
+    feedback: tuple[bool, ...]  # V flags: error feedback is on at this level
+    admits: Callable  # layout -> bool[L, V], levels that may be chosen
+    accepts: Callable  # shape -> bool, whether such a tensor can be a layer
+    words: Callable  # layout -> int64[L, V], words of a layer's messages
+    # (layout, levels) -> one ladder of static lengths for each collective: the exact
+    # length for levels int64[L] that stay, a fine ladder for None, levels that change.
+    capacities: Callable
+    errors: Callable  # (layout, x) -> float32[L, V]
+    init: Callable  # layout -> state, the same on all workers
+    # (layout, x, levels, state, keys, capacities) -> (mean, sent, state, Words)
+    mean: Callable
+
+
+class Selector(NamedTuple):
+    """Chooses levels from tables; jitted, inside the training step."""
+
+    default: Any  # the value of the ladder used until the first selection
+    levels: Any  # values of the ladder to choose from; None for all
+    snapshot_steps: int  # steps summed into a snapshot; 0: it needs no table
+    worker: int | None  # whose table decides; None: the mean of all workers' tables
+    init: Callable  # num_layers -> state
+    # (errors float32[L, V], words int64[L, V], default int32[L], capacities, state)
+    # -> (levels int32[L], state). Errors are squared. A level of -1 keeps the old ones.
+    update: Callable
+
+
+class Aggregator(optax.GradientTransformationExtraArgs):
+    """Local gradients -> mean of all workers' gradients, as an optax transformation.
+
+    A plain (init, update) pair for optax. The attribute `rebuild` makes the same
+    aggregator around a selector, for `gcjax.adapt`.
+    """
+
+    rebuild: Callable[..., "Aggregator"]
+
+    @staticmethod
+    def make(init: Callable, update: Callable, rebuild: Callable) -> "Aggregator":
+        """Makes one; a NamedTuple's subclass cannot take a third field."""
+        self = Aggregator(init, update)
+        self.rebuild = rebuild
+        return self
+
+
+class PerWorker(NamedTuple):
+    """Marks the part of a state that differs from worker to worker."""
+
+    value: Any
+
+
+class Info(NamedTuple):
+    """What is worth logging of the last step; equal on all workers."""
+
+    levels: jax.Array  # int32[L], the levels of the last step
+    words: Words  # what one worker contributed to the collectives of the last step
+    dense: jax.Array  # bool, whether the last step was sent uncompressed (warm-up)
+    skipped: jax.Array  # int32, steps skipped so far for a non-finite gradient
+    selections: jax.Array  # int32, how often levels were selected so far
+
+
+class AggregatorState(NamedTuple):
+    """State of an aggregator.
+
+    `worker` holds, per worker and float32[layout.size] each (or `()` where unused):
+    the error, the velocity of momentum correction, and the snapshot for the selector.
+    """
+
+    worker: PerWorker  # of WorkerState
+    step: jax.Array  # int32, steps taken
+    levels: jax.Array  # int32[L], the levels now in force
+    selector: Any  # the selector's state
+    exchange: Any  # the exchange's state, e.g. the factors of PowerSGD
+    info: Info
+
+
+class WorkerState(NamedTuple):
+    """The part of an aggregator's state that each worker has for itself."""
+
+    error: Any  # what was not sent yet
+    velocity: Any  # local momentum, for momentum correction
+    snapshot: Any  # sum of what entered the compressor, for the error table
+
+
+def level_index(levels: tuple[Any, ...], value: Any) -> int:
+    """Finds a ladder's value.
+
+    Raises:
+      ValueError: if the value is not on the ladder; names the nearest ones.
+    """
+    for i, level in enumerate(levels):
+        if level == value or (
+            isinstance(level, float) and np.isclose(level, value, rtol=1e-6, atol=0)
+        ):
+            return i
+    raise ValueError(
+        f"level {value!r} is not on the ladder {_short(levels)}; choose one of these "
+        "or build the compressor with it"
+    )
+
+
+def _short(levels: tuple[Any, ...]) -> str:
+    text = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in levels]
+    return ", ".join(text if len(text) < 13 else [*text[:6], "...", *text[-5:]])
+
+
+def ladder(values: Any, name: str, low: float, high: float) -> tuple[Any, ...]:
+    """Checks a ladder's values, one or several, and sorts them.
+
+    Raises:
+      ValueError: if there is none, or one lies outside `low < v <= high` (floats) or
+        `low <= v <= high` (ints).
+    """
+    values = tuple(np.atleast_1d(np.asarray(values, object)))
+    if not values:
+        raise ValueError(f"{name}: the ladder is empty; give at least one value")
+    for v in values:
+        if isinstance(low, int):
+            if not isinstance(v, int) or isinstance(v, bool) or not low <= v <= high:
+                raise ValueError(
+                    f"{name}: must be integers in [{low}, {high}], got {v}"
+                )
+        elif not low < v <= high:
+            raise ValueError(f"{name}: must be in ({low:g}, {high:g}], got {v}")
+    return tuple(sorted(set(values)))

@@ -1,0 +1,1 @@
+"""Compressors: local and pure, one file per family. None of them communicates."""
