@@ -267,6 +267,13 @@ def aggregator(
             )
         return _nearest(admitted)[:, chosen_index]
 
+    def lengths(layout: Layout) -> list[list[int]]:
+        default = default_levels(layout)
+        if fixed:
+            return exchange.capacities(layout, default, default)
+        largest = np.full_like(default, len(exchange.levels) - 1)
+        return exchange.capacities(layout, None, default if selector.shrinks else largest)
+
     def init(params: Any) -> AggregatorState:
         if not jax.tree.leaves(params):
             raise ValueError("the parameter tree is empty; there is nothing to train")
@@ -352,7 +359,7 @@ def aggregator(
             admitted = admitted | (~admitted.any(1, keepdims=True))
         nearest = _nearest(admitted)
         words = np.take_along_axis(exchange.words(layout), nearest, 1)
-        capacities = exchange.capacities(layout, None)
+        capacities = lengths(layout)
         due = (state.step > 0) & (state.step % every == 0)
         due &= state.step >= warmup_steps
 
@@ -390,7 +397,7 @@ def aggregator(
                 jnp.asarray(fixed_levels, jnp.int32) if fixed else levels,
                 state.exchange,
                 Keys(jax.random.fold_in(shared, 0), own),
-                exchange.capacities(layout, fixed_levels),
+                lengths(layout),
             )
 
         def uncompressed(x: jax.Array):
@@ -557,35 +564,36 @@ def compressed_mean(
     """
     if not 1 < spacing <= 2:
         raise ValueError(f"spacing must be in (1, 2], got {spacing}")
+    lanes = compressor.lanes
     contraction = np.array(compressor.contraction)
     feedback = contraction & (error_feedback is not False)
     admitted = contraction if error_feedback else np.ones_like(contraction)
 
-    def capacities(layout: Layout, levels: np.ndarray | None) -> list[list[int]]:
+    def capacities(layout: Layout, fixed, largest) -> list[list[int]]:
         words = compressor.words(layout)
-        if levels is not None:
-            return [[int(np.take_along_axis(words, levels[:, None], 1).sum())]]
-        # Every uniform level's exact size is on the ladder, and so is the dense one.
-        exact = [*words.sum(0), layout.sizes.sum()]
-        low, high = words.min(1).sum(), max(words.max(1).sum(), layout.sizes.sum())
-        return [wire.capacity_ladder(int(low), int(high), np.array(exact), spacing)]
+        if fixed is not None:
+            return [[int(_at(words, fixed).sum())]]
+        low, high = int(words.min(1).sum()), int(_at(words, largest).sum())
+        # Every uniform level's exact length is on the ladder, and so is the dense one.
+        exact = np.append(words.sum(0), layout.sizes.sum() // lanes * lanes)
+        return [wire.capacity_ladder(low, high, exact, spacing, lanes)]
 
     def mean(layout, x, levels, state, keys, capacities):
+        (ladder,) = capacities
         units, sent = compressor.encode(layout, x, levels, keys)
+        message, shared = compressor.pack(layout, units, levels, ladder[-1])
 
-        def at_capacity(capacity: int, units: Any):
-            message = compressor.pack(layout, units, levels, capacity)
+        def at_capacity(capacity: int, message: jax.Array, shared: Any):
+            message = message[:, : capacity // lanes]
             if compressor.linear:
                 total, words = all_reduce(wire.to_floats(message), axis_name)
                 messages = wire.to_words(total)[None]
             else:
                 messages, words = gather(message, axis_name)
-            shared = units if compressor.linear else None
             return compressor.decode(layout, messages, levels, shared), words
 
-        (ladder,) = capacities
         needed = _at(compressor.words(layout), levels).sum()
-        total, words = _switch(needed, ladder, at_capacity, units)
+        total, words = _switch(needed, ladder, at_capacity, message, shared)
         return total, sent, state, words
 
     exchange = Exchange(
@@ -660,14 +668,15 @@ def power_sgd(
         n, m = np.array(shapes, np.int64).reshape(-1, 2).T
         return n, m
 
-    def capacities(layout: Layout, levels: np.ndarray | None) -> list[list[int]]:
+    def capacities(layout: Layout, fixed, largest) -> list[list[int]]:
         allowed = np.array(ranks)[_nearest(admits(layout))]  # [L, V]
         ladders = []
         for side in sides(layout):
             words = side[:, None] * allowed
-            if levels is not None:
-                ladders.append([int(_at(words, levels).sum())])
+            if fixed is not None:
+                ladders.append([int(_at(words, fixed).sum())])
                 continue
+            # A side alone may grow although both together shrink.
             low, high = int(words.min(1).sum()), int(words.max(1).sum())
             ladders.append(wire.capacity_ladder(low, high, words.sum(0), spacing))
         return ladders
@@ -677,13 +686,14 @@ def power_sgd(
         flat = jnp.concatenate([f.T.reshape(-1) for f in factors])
         sizes = np.array([f.size for f in factors])
         lengths = rank * jnp.array([f.shape[0] for f in factors], jnp.int32)
+        buffer = wire.compact(flat, sizes, lengths, ladder[-1])
 
-        def at_capacity(capacity: int, flat: jax.Array):
-            buffer = wire.compact(flat, sizes, lengths, capacity)
-            total, words = all_reduce(buffer, axis_name)
-            return wire.expand(total, sizes, lengths), words
+        def at_capacity(capacity: int, buffer: jax.Array):
+            total, words = all_reduce(buffer[:capacity], axis_name)
+            return wire.fit(total, ladder[-1]), words
 
-        flat, words = _switch(lengths.sum(), ladder, at_capacity, flat)
+        total, words = _switch(lengths.sum(), ladder, at_capacity, buffer)
+        flat = wire.expand(total, sizes, lengths)
         parts = jnp.split(flat, np.cumsum(sizes)[:-1])
         means = [
             p.reshape(f.shape[::-1]).T for p, f in zip(parts, factors, strict=True)

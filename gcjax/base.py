@@ -170,10 +170,14 @@ class Compressor(NamedTuple):
     words: Callable  # layout -> int64[L, V], 32-bit words of a layer's message
     errors: Callable  # (layout, x) -> float32[L, V], squared error at every level
     encode: Callable  # (layout, x, levels, keys) -> (units, x_hat float32[size])
-    pack: Callable  # (layout, units, levels, capacity) -> uint32[capacity]
-    # (layout, messages uint32[M, capacity], levels, units) -> float32[size], the mean
-    # of M messages. `units` are this worker's own, for what all workers share.
+    # (layout, units, levels, capacity) -> (message uint32[lanes, capacity / lanes],
+    # shared). A shorter message is a prefix in every lane; `shared` is what all
+    # workers know without sending it, () where that is nothing.
+    pack: Callable
+    # (layout, messages uint32[M, lanes, any], levels, shared) -> float32[size], the
+    # mean of what M messages say.
     decode: Callable
+    lanes: int = 1  # arrays of equal length in a message, e.g. values and indices
 
 
 class Keys(NamedTuple):
@@ -203,8 +207,9 @@ class Exchange(NamedTuple):
     admits: Callable  # layout -> bool[L, V], levels that may be chosen
     accepts: Callable  # shape -> bool, whether such a tensor can be a layer
     words: Callable  # layout -> int64[L, V], words of a layer's messages
-    # (layout, levels) -> one ladder of static lengths for each collective: the exact
-    # length for levels int64[L] that stay, a fine ladder for None, levels that change.
+    # (layout, fixed, largest) -> for each collective a ladder of static lengths: the
+    # exact length for levels `fixed` int64[L]; for None, levels that change, a fine
+    # ladder up to the length at levels `largest` int64[L].
     capacities: Callable
     errors: Callable  # (layout, x) -> float32[L, V]
     init: Callable  # layout -> state, the same on all workers
@@ -219,6 +224,7 @@ class Selector(NamedTuple):
     levels: Any  # values of the ladder to choose from; None for all
     snapshot_steps: int  # steps summed into a snapshot; 0: it needs no table
     worker: int | None  # whose table decides; None: the mean of all workers' tables
+    shrinks: bool  # its levels never need more words than the default
     init: Callable  # num_layers -> state
     # (errors float32[L, V], words int64[L, V], default int32[L], capacities, state)
     # -> (levels int32[L], state). Errors are squared. A level of -1 keeps the old ones.

@@ -132,15 +132,20 @@ def positions(mask: jax.Array, capacity: int) -> jax.Array:
     return jnp.where(slot < ends[-1], found, mask.size * WORD + slot)
 
 
-def capacity_ladder(low: int, high: int, exact: np.ndarray, spacing: float) -> list:
+def capacity_ladder(
+    low: int, high: int, exact: np.ndarray, spacing: float, multiple: int = 1
+) -> list[int]:
     """Static lengths for messages between `low` and `high` words.
 
     Neighbours differ by the factor `spacing` at most, so that rounding up costs about
-    `(spacing - 1) / 2` on average; `exact` lengths are on the ladder as they are.
+    `(spacing - 1) / 2` on average; `exact` lengths up to `high` are on the ladder as
+    they are. All are multiples of `multiple`, as `low`, `high` and `exact` must be.
     """
     count = int(np.ceil(np.log(high / low) / np.log(spacing))) if high > low else 0
     steps = low * (high / low) ** (np.arange(count + 1) / max(count, 1))
-    return sorted({low, high, *np.ceil(steps).astype(int).tolist(), *map(int, exact)})
+    steps = np.ceil(steps / multiple - 1e-9).astype(int) * multiple
+    ladder = {low, high, *steps.tolist(), *(int(e) for e in exact)}
+    return sorted(c for c in ladder if low <= c <= high)
 
 
 def noise(key: jax.Array, size: int) -> jax.Array:

@@ -231,7 +231,7 @@ def natural() -> Compressor:
         bits = wire.to_words(x).astype(jnp.uint32)
         mantissa = (bits & 0x7FFFFF).astype(jnp.float32) * np.float32(2**-23)
         up = wire.noise(key, x.size).reshape(x.shape) < mantissa
-        exponent = ((bits >> 23) & 0xFF).astype(jnp.int32) + up
+        exponent = ((bits >> 23) & 0xFF).astype(jnp.int32) + up.astype(jnp.int32)
         return jnp.minimum(exponent, 254) | ((bits >> 31).astype(jnp.int32) << 8)
 
     def decode(codes, scales, width):
@@ -313,8 +313,8 @@ def identity() -> Compressor:
         words=lambda layout: layout.sizes[:, None],
         errors=lambda layout, x: jnp.zeros((layout.num_layers, 1)),
         encode=lambda layout, x, levels, keys: (x, x),
-        pack=lambda layout, units, levels, capacity: wire.to_words(units),
-        decode=lambda layout, messages, levels, units: wire.to_floats(messages[0]),
+        pack=lambda layout, units, levels, capacity: (wire.to_words(units)[None], ()),
+        decode=lambda layout, messages, levels, shared: wire.to_floats(messages[0, 0]),
     )
 
 
@@ -371,7 +371,9 @@ def _quantiser(
         width = jnp.array(widths, jnp.int32)[levels]
         s = scales.measure(layout, x)
         codes = encode(x, spread(layout, s), width[layout.row_layer], keys.worker)
-        bits = (codes.reshape(1, -1) >> np.arange(max(widths))[:, None]) & 1
+        # Without the barrier every plane would compute the codes again.
+        stored = lax.optimization_barrier(codes)
+        bits = (stored.reshape(1, -1) >> np.arange(max(widths))[:, None]) & 1
         return Codes(wire.pack_bits(bits), s), value(layout, codes, s, width)
 
     def pack(layout: Layout, units: Codes, levels: jax.Array, capacity: int):
@@ -384,7 +386,8 @@ def _quantiser(
         first = jnp.asarray(layout.first_row * (row // wire.WORD), jnp.int32)
         plane, word = offset // plane_words[layer], offset % plane_words[layer]
         body = units.planes[plane, first[layer] + word]
-        return wire.fit(jnp.concatenate([head, jnp.where(used, body, 0)]), capacity)
+        message = jnp.concatenate([head, jnp.where(used, body, 0)])
+        return wire.fit(message, capacity)[None], ()
 
     def unpack(layout: Layout, message: jax.Array, width: jax.Array) -> jax.Array:
         """The codes of a message, int32[R, row]."""
@@ -394,22 +397,23 @@ def _quantiser(
         within = np.arange(word_layer.size) - first[word_layer]
         lengths = width * jnp.asarray(count, jnp.int32)
         start = (jnp.cumsum(lengths) - lengths)[word_layer] + within
-        codes = 0
-        for plane in range(max(widths)):
-            at = start + plane * count[word_layer]
-            sent = (plane < width[word_layer]) & (within < count[word_layer])
-            bits = jnp.where(sent, message.at[at].get(mode="clip"), 0)
-            codes += wire.unpack_bits(bits).astype(jnp.int32) << plane
-        return codes.reshape(-1, row)
+        plane = np.arange(max(widths))[:, None]
+        sent = (plane < width[word_layer]) & (within < count[word_layer])
+        words = message.at[start + plane * count[word_layer]].get(mode="clip")
+        # Likewise every element would fetch its word again.
+        words = lax.optimization_barrier(jnp.where(sent, words, 0))
+        bits = wire.unpack_bits(words).astype(jnp.int32)
+        return jnp.sum(bits << plane, axis=0).reshape(-1, row)
 
-    def decode_mean(layout: Layout, messages: jax.Array, levels: jax.Array, units):
+    def decode_mean(layout: Layout, messages: jax.Array, levels: jax.Array, shared):
+        del shared
         width = jnp.array(widths, jnp.int32)[levels]
-        shape = units.scales.shape
+        shape = (layout.num_layers if scales.per_layer else layout.num_rows, scales.count)
         head = int(np.prod(shape))
 
         def add(i: jax.Array, total: jax.Array) -> jax.Array:
-            s = wire.to_floats(messages[i, :head]).reshape(shape)
-            codes = unpack(layout, messages[i, head:], width)
+            s = wire.to_floats(messages[i, 0, :head]).reshape(shape)
+            codes = unpack(layout, messages[i, 0, head:], width)
             return total + value(layout, codes, s, width)
 
         zero = jnp.zeros((layout.size,), jnp.float32)

@@ -66,6 +66,7 @@ def top_k(densities: float | Sequence[float] = DENSITIES) -> Compressor:
         encode=encode,
         pack=_pack_indexed,
         decode=_decode_indexed,
+        lanes=2,
     )
 
 
@@ -173,6 +174,7 @@ def threshold(value: float, density: float = 0.01) -> Compressor:
         encode=encode,
         pack=_pack_indexed,
         decode=_decode_indexed,
+        lanes=2,
     )
 
 
@@ -241,42 +243,43 @@ def _keep(x: jax.Array, mask: jax.Array) -> tuple[Selected, jax.Array]:
     return Selected(x, mask), jnp.where(kept, x, 0)
 
 
-def _pack_indexed(layout, units: Selected, levels, capacity: int) -> jax.Array:
+def _pack_indexed(layout, units: Selected, levels, capacity: int):
     del layout, levels
     indices = wire.positions(units.mask, capacity // 2)
     values = units.x.at[indices].get(mode="fill", fill_value=0)
-    words = jnp.concatenate([wire.to_words(values), indices.astype(jnp.uint32)])
-    return wire.fit(words, capacity)
+    return jnp.stack([wire.to_words(values), indices.astype(jnp.uint32)]), ()
 
 
-def _decode_indexed(layout, messages, levels, units) -> jax.Array:
-    del levels, units
-    count, entries = messages.shape[0], messages.shape[1] // 2
+def _decode_indexed(layout, messages, levels, shared) -> jax.Array:
+    del levels, shared
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        values = wire.to_floats(messages[i, :entries])
-        indices = messages[i, entries : 2 * entries].astype(jnp.int32)
+        values, indices = messages[i]
         # Within a message indices are unique, so sums have one order on every device.
-        return total.at[indices].add(
-            values, mode="drop", unique_indices=True, indices_are_sorted=True
+        return total.at[indices.astype(jnp.int32)].add(
+            wire.to_floats(values),
+            mode="drop",
+            unique_indices=True,
+            indices_are_sorted=True,
         )
 
+    count = messages.shape[0]
     total = lax.fori_loop(0, count, add, jnp.zeros((layout.size,), jnp.float32))
     return total / count
 
 
-def _pack_values(layout, units: Selected, levels, capacity: int) -> jax.Array:
+def _pack_values(layout, units: Selected, levels, capacity: int):
     del layout, levels
     indices = wire.positions(units.mask, capacity)
-    return wire.to_words(units.x.at[indices].get(mode="fill", fill_value=0))
+    values = units.x.at[indices].get(mode="fill", fill_value=0)
+    return wire.to_words(values)[None], indices
 
 
-def _decode_values(layout, messages, levels, units: Selected) -> jax.Array:
+def _decode_values(layout, messages, levels, shared: jax.Array) -> jax.Array:
     del levels
-    (message,) = messages  # linear: the mean of all workers' messages
-    indices = wire.positions(units.mask, message.size)
-    return jnp.zeros((layout.size,), jnp.float32).at[indices].add(
-        wire.to_floats(message),
+    ((values,),) = messages  # one: the mean of all workers' messages
+    return jnp.zeros((layout.size,), jnp.float32).at[shared[: values.size]].add(
+        wire.to_floats(values),
         mode="drop",
         unique_indices=True,
         indices_are_sorted=True,

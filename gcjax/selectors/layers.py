@@ -24,6 +24,7 @@ def uniform(default: Any) -> Selector:
         levels=None,
         snapshot_steps=0,
         worker=None,
+        shrinks=True,
         init=lambda num_layers: (),
         update=lambda errors, words, default, capacities, state: (default, state),
     )
@@ -105,6 +106,7 @@ def lgreco(
         levels=None if levels is None else tuple(levels),
         snapshot_steps=snapshot_steps,
         worker=worker,
+        shrinks=alpha >= 1,
         init=lambda num_layers: (),
         update=update,
     )

@@ -1,0 +1,1 @@
+"""Selectors: which compression level every layer gets."""

@@ -1,0 +1,71 @@
+"""One worker function, three mappings: vmap, shard_map and pmap give the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import N, info, trainer, tree
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import gcjax
+
+AGGREGATORS = {
+    "identity": lambda: gcjax.compressed_mean(gcjax.identity()),
+    "cast": lambda: gcjax.compressed_mean(gcjax.cast()),
+    "top_k": lambda: gcjax.compressed_mean(gcjax.top_k(0.05)),
+    "random_k": lambda: gcjax.compressed_mean(gcjax.random_k(0.05)),
+    "threshold": lambda: gcjax.compressed_mean(gcjax.threshold(2.0, 0.05)),
+    "qsgd": lambda: gcjax.compressed_mean(gcjax.qsgd(4, rounding="nearest")),
+    "sign": lambda: gcjax.compressed_mean(gcjax.sign()),
+    "terngrad": lambda: gcjax.compressed_mean(gcjax.terngrad()),
+    "natural": lambda: gcjax.compressed_mean(gcjax.natural()),
+    "power_sgd": lambda: gcjax.power_sgd(2),
+    "top_k adaptive": lambda: gcjax.adapt(
+        gcjax.compressed_mean(gcjax.top_k(), spacing=1.3, momentum=0.9),
+        gcjax.lgreco(0.01),
+        every=2,
+        warmup_steps=1,
+    ),
+    "qsgd adaptive": lambda: gcjax.adapt(
+        gcjax.compressed_mean(gcjax.qsgd(rounding="nearest"), spacing=1.3),
+        gcjax.lgreco(4, error="squared"),
+        every=2,
+    ),
+    "power_sgd adaptive": lambda: gcjax.adapt(
+        gcjax.power_sgd((1, 2, 4, 8), spacing=1.3), gcjax.lgreco(4), every=2
+    ),
+}
+
+
+def grads(step: int):
+    """Gradients whose layers differ in how well they compress."""
+    g = tree(seed=step, workers=N)
+    g["a"]["kernel"] = g["a"]["kernel"] ** 3
+    g["c"]["kernel"] = g["c"]["kernel"] * jnp.geomspace(1, 1e-2, 48)
+    return g
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_vmap_equals_shard_map(name, mesh):
+    params = tree()
+    runs = []
+    for where in (None, mesh):
+        run = trainer(AGGREGATORS[name](), params, where)
+        state, trace = run.init(params), []
+        for step in range(5):
+            mean, state = run.update(state, grads(step))
+            trace.append((mean, info(state)))
+        runs.append((trace, state))
+    for (a, info_a), (b, info_b) in zip(runs[0][0], runs[1][0], strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), a, b)
+        jax.tree.map(np.testing.assert_array_equal, info_a, info_b)
+    worker = lambda state: state.worker.value.error
+    if not isinstance(worker(runs[0][1]), tuple):
+        np.testing.assert_allclose(
+            worker(runs[0][1]), worker(runs[1][1]), rtol=0, atol=2e-5
+        )
+    if "adaptive" in name:
+        levels = np.asarray(runs[0][0][-1][1].levels)
+        assert len(set(levels.tolist())) > 1, "the case does not select anything"
