@@ -84,9 +84,9 @@ def state_specs(opt_state: Any, axis_name: str = "workers") -> Any:
       `PartitionSpec()` at all others.
     """
     return jax.tree.map(
-        lambda x: jax.tree.map(lambda _: P(axis_name), x)
-        if isinstance(x, PerWorker)
-        else P(),
+        lambda x: (
+            jax.tree.map(lambda _: P(axis_name), x) if isinstance(x, PerWorker) else P()
+        ),
         opt_state,
         is_leaf=lambda x: isinstance(x, PerWorker),
     )
@@ -232,9 +232,7 @@ def aggregator(
     def split(tree: Any) -> tuple[Layout, list, list, Callable]:
         """Separates layers from dense tensors; `join` puts them together again."""
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-        names = [
-            jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in flat
-        ]
+        names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in flat]
         is_layer = [
             bool(compress(name, x.shape)) and exchange.accepts(x.shape)
             for name, (_, x) in zip(names, flat, strict=True)
@@ -272,7 +270,9 @@ def aggregator(
         if fixed:
             return exchange.capacities(layout, default, default)
         largest = np.full_like(default, len(exchange.levels) - 1)
-        return exchange.capacities(layout, None, default if selector.shrinks else largest)
+        return exchange.capacities(
+            layout, None, default if selector.shrinks else largest
+        )
 
     def init(params: Any) -> AggregatorState:
         if not jax.tree.leaves(params):
@@ -371,10 +371,9 @@ def aggregator(
             new, selector_state = selector.update(
                 errors, words, default, capacities, state.selector
             )
-            new = jnp.take_along_axis(
-                jnp.asarray(nearest, jnp.int32), jnp.maximum(new, 0)[:, None], 1
-            )[:, 0] * (new >= 0) - (new < 0)
-            levels = jnp.where(jnp.all(new >= 0), new, state.levels)
+            usable = jnp.all(new >= 0)
+            new = _at(nearest, jnp.maximum(new, 0))
+            levels = jnp.where(usable, new, state.levels)
             return levels, selector_state, words_sent
 
         def keep(_: Any):
@@ -423,7 +422,13 @@ def aggregator(
             **selection,
         )
 
-    return Aggregator.make(init, update, rebuild)
+    return Aggregator.make(
+        init,
+        update,
+        exchange=exchange,
+        layout=lambda params: split(params)[0],
+        rebuild=rebuild,
+    )
 
 
 def adapt(
@@ -454,9 +459,7 @@ def adapt(
             "adapt needs an aggregator such as gcjax.compressed_mean(...), got "
             f"{type(aggregator).__name__}; put optax transformations after it in a chain"
         )
-    return aggregator.rebuild(
-        selector=selector, every=every, warmup_steps=warmup_steps
-    )
+    return aggregator.rebuild(selector=selector, every=every, warmup_steps=warmup_steps)
 
 
 def mean_dense(
@@ -651,7 +654,9 @@ def power_sgd(
       rank in force keep their last value and warm-start a later increase.
     """
     if error not in ("local", "aggregate"):
-        raise ValueError(f"power_sgd: error must be 'local' or 'aggregate', got {error!r}")
+        raise ValueError(
+            f"power_sgd: error must be 'local' or 'aggregate', got {error!r}"
+        )
     if not 1 < spacing <= 2:
         raise ValueError(f"spacing must be in (1, 2], got {spacing}")
     ranks = base.ladder(ranks, "rank", 1, 2**16)

@@ -234,17 +234,24 @@ class Selector(NamedTuple):
 class Aggregator(optax.GradientTransformationExtraArgs):
     """Local gradients -> mean of all workers' gradients, as an optax transformation.
 
-    A plain (init, update) pair for optax. The attribute `rebuild` makes the same
-    aggregator around a selector, for `gcjax.adapt`.
+    To optax it is a plain (init, update) pair. Its attributes say what it does.
+
+    Attributes:
+      exchange: The exchange in it.
+      layout: params -> `Layout` of the tensors that are compressed.
+      rebuild: Makes the same aggregator around a selector, for `gcjax.adapt`.
     """
 
+    exchange: Exchange
+    layout: Callable[[Any], Layout]
     rebuild: Callable[..., "Aggregator"]
 
-    @staticmethod
-    def make(init: Callable, update: Callable, rebuild: Callable) -> "Aggregator":
-        """Makes one; a NamedTuple's subclass cannot take a third field."""
-        self = Aggregator(init, update)
-        self.rebuild = rebuild
+    @classmethod
+    def make(cls, init: Callable, update: Callable, **attributes: Any) -> "Aggregator":
+        """Makes one. Fields of its own would make it a longer tuple than optax's."""
+        self = cls(init, update)
+        for name, value in attributes.items():
+            setattr(self, name, value)
         return self
 
 

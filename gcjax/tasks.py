@@ -482,10 +482,9 @@ class Transformer(nnx.Module):
     def __init__(self, vocab, d_model, num_layers, num_heads, seq_len, tied, rngs):
         embed = functools.partial(nnx.Embed, embedding_init=_normal(0.02), rngs=rngs)
         self.tied, self.num_layers = tied, num_layers
-        self.embedding = embed(vocab, d_model)
-        self.position = embed(seq_len, d_model)
+        self.embedding, self.position = embed(vocab, d_model), embed(seq_len, d_model)
+        scale = 0.02 / math.sqrt(2 * num_layers)
         for i in range(1, num_layers + 1):
-            scale = 0.02 / math.sqrt(2 * num_layers)
             setattr(self, f"block{i}", Block(d_model, num_heads, scale, rngs))
         self.norm = nnx.LayerNorm(d_model, rngs=rngs)
         if not tied:

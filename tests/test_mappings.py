@@ -47,6 +47,14 @@ def grads(step: int):
     return g
 
 
+# Messages that are gathered are summed in one order under every mapping.
+BIT_EQUAL = ("cast", "top_k", "threshold", "sign", "natural")
+
+
+def layers(tree):
+    return [x for x in jax.tree.leaves(tree) if x.size >= 1024]
+
+
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_vmap_equals_shard_map(name, mesh):
     params = tree()
@@ -58,14 +66,22 @@ def test_vmap_equals_shard_map(name, mesh):
             mean, state = run.update(state, grads(step))
             trace.append((mean, info(state)))
         runs.append((trace, state))
-    for (a, info_a), (b, info_b) in zip(runs[0][0], runs[1][0], strict=True):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), a, b)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads(0)))
+    close = lambda a, b, step: jax.tree.map(
+        # One rounding error a step, which error feedback carries on.
+        lambda x, y: np.testing.assert_allclose(
+            x, y, rtol=0, atol=(step + 1) * 1e-6 * largest
+        ),
+        a,
+        b,
+    )
+    for step in range(5):
+        (a, info_a), (b, info_b) = runs[0][0][step], runs[1][0][step]
+        close(a, b, step)
         jax.tree.map(np.testing.assert_array_equal, info_a, info_b)
-    worker = lambda state: state.worker.value.error
-    if not isinstance(worker(runs[0][1]), tuple):
-        np.testing.assert_allclose(
-            worker(runs[0][1]), worker(runs[1][1]), rtol=0, atol=2e-5
-        )
+        if step == 0 and name in BIT_EQUAL:
+            jax.tree.map(np.testing.assert_array_equal, layers(a), layers(b))
+    close(runs[0][1].worker.value.error, runs[1][1].worker.value.error, 5)
     if "adaptive" in name:
         levels = np.asarray(runs[0][0][-1][1].levels)
         assert len(set(levels.tolist())) > 1, "the case does not select anything"

@@ -42,7 +42,13 @@ def digits():
 @pytest.fixture(scope="module")
 def lm(folder):
     return tasks.language_model(
-        "wikitext2", data_dir=folder, d_model=16, num_heads=2, seq_len=8, eval_tokens=90
+        "wikitext2",
+        data_dir=folder,
+        d_model=16,
+        num_layers=1,
+        num_heads=2,
+        seq_len=8,
+        eval_tokens=90,
     )
 
 
@@ -177,11 +183,11 @@ def test_parameter_names(digits, lm):
     names = paths(jax.eval_shape(digits.init, KEY)[0])
     assert names[:2] == ["conv1/bias", "conv1/kernel"] and "dense/kernel" in names
     names = paths(jax.eval_shape(lm.init, KEY)[0])
-    assert {"embedding/embedding", "block2/qkv/kernel", "norm/scale"} <= set(names)
+    assert {"embedding/embedding", "block1/qkv/kernel", "norm/scale"} <= set(names)
 
 
 @pytest.mark.parametrize("name", ["digits", "lm"])
-def test_vmap_shard_map_and_single_workers_agree(name, request):
+def test_vmap_and_shard_map_agree(name, request):
     task = request.getfixturevalue(name)
     n = min(2, jax.device_count())
     params, state = jax.jit(task.init)(KEY)
@@ -194,15 +200,14 @@ def test_vmap_shard_map_and_single_workers_agree(name, request):
     # Sums run in another order, so float32 agrees to about 1e-6 of the largest.
     same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(same, grads, other)
-    alone = task.loss(params, state, jax.tree.map(lambda x: x[0], batch), None)[0]
-    np.testing.assert_allclose(alone, losses[0], rtol=1e-5)
 
 
 def test_batch_norm_keeps_running_statistics():
     init, apply = tasks._functional(
         lambda rngs: tasks.ConvNorm(3, 4, 3, 1, "batch", rngs)
     )
-    params, state = init(KEY)
+    params, state = jax.jit(init)(KEY)
+    apply = jax.jit(apply, static_argnums=3)
     x = 2 + jax.random.normal(jax.random.key(1), (8, 6, 6, 3))
     y, new = apply(params, state, x, True)
     np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-5)
@@ -217,13 +222,13 @@ def test_transformer_is_causal(tied, size):
     init, apply = tasks._functional(
         lambda rngs: tasks.Transformer(13, 16, 1, 2, 8, tied, rngs)
     )
-    params, _ = init(KEY)
+    params, _ = jax.jit(init)(KEY)
     width = 16  # positions, a block (norms, attention, network), and the last norm
     block = 2 * 2 * width + 4 * width**2 + 4 * width + 8 * width**2 + 5 * width
     assert count(params) == size + 8 * width + block + 2 * width
-    tokens = jnp.arange(8)[None]
-    logits = apply(params, {}, tokens, True)[0]
-    changed = apply(params, {}, tokens.at[0, 5].set(12), True)[0]
+    tokens = jnp.stack([jnp.arange(8), jnp.arange(8).at[5].set(12)])[:, None]
+    logits = jax.jit(lambda t: apply(params, {}, t, True)[0])
+    logits, changed = (logits(t) for t in tokens)
     np.testing.assert_array_equal(logits[0, :5], changed[0, :5])
     assert (jnp.abs(logits[0, 5:] - changed[0, 5:]).max(-1) > 1e-4).all()
 
@@ -249,14 +254,14 @@ def train(task, steps, optimizer):
 
 
 def test_small_cnn_learns_digits(digits):
-    params, state, _ = train(digits, 60, optax.adam(3e-3))
+    params, state, _ = train(digits, 60, optax.sgd(0.03, momentum=0.9))
     metrics = digits.evaluate(params, state)
     assert digits.metric == "accuracy" and metrics["accuracy"] > 0.8  # chance: 0.1
     assert all(type(value) is float for value in metrics.values())
 
 
 def test_language_model_learns(lm):
-    params, state, loss = train(lm, 40, optax.adam(1e-2))
+    params, state, loss = train(lm, 40, optax.sgd(0.3, momentum=0.9))
     metrics = lm.evaluate(params, state)
     # 12 types, and about 13 different words in each random sentence.
     assert lm.metric == "perplexity" and metrics["perplexity"] < 11.5
@@ -265,13 +270,15 @@ def test_language_model_learns(lm):
 
 def test_untrained_perplexity_is_about_the_vocabulary(folder, lm):
     vocab = len(data.load("wikitext2", folder)["vocab"])
-    perplexity = lm.evaluate(*lm.init(KEY))["perplexity"]
+    perplexity = lm.evaluate(*jax.jit(lm.init)(KEY))["perplexity"]
     assert abs(perplexity / vocab - 1) < 0.1
 
 
 def test_a_diverged_language_model_is_evaluated(lm):
-    params, state = lm.init(KEY)
-    worse = jax.tree.map(lambda p: p * 1e4, params)
+    params, state = jax.jit(lm.init)(KEY)
+    worse = params | {
+        "embedding": {"embedding": params["embedding"]["embedding"] * 1e6}
+    }
     assert lm.evaluate(worse, state)["perplexity"] > 1e300
     nan = jax.tree.map(lambda p: p * np.nan, params)
     assert np.isnan(lm.evaluate(nan, state)["perplexity"])

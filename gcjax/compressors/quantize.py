@@ -357,7 +357,9 @@ def _quantiser(
 
     def words(layout: Layout) -> np.ndarray:
         planes = code_words(layout)[:, None] * np.array(widths)
-        return planes + np.broadcast_to(scale_words(layout), layout.sizes.shape)[:, None]
+        return (
+            planes + np.broadcast_to(scale_words(layout), layout.sizes.shape)[:, None]
+        )
 
     def spread(layout: Layout, values: jax.Array) -> jax.Array:
         return values[layout.row_layer] if scales.per_layer else values
@@ -408,7 +410,10 @@ def _quantiser(
     def decode_mean(layout: Layout, messages: jax.Array, levels: jax.Array, shared):
         del shared
         width = jnp.array(widths, jnp.int32)[levels]
-        shape = (layout.num_layers if scales.per_layer else layout.num_rows, scales.count)
+        shape = (
+            layout.num_layers if scales.per_layer else layout.num_rows,
+            scales.count,
+        )
         head = int(np.prod(shape))
 
         def add(i: jax.Array, total: jax.Array) -> jax.Array:

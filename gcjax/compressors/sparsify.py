@@ -17,7 +17,20 @@ from gcjax import base, wire
 from gcjax.base import Compressor, Keys, Layout
 
 # Ten times sparser and ten times denser than the customary 1 %.
-DENSITIES = (0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1)
+DENSITIES = (
+    0.001,
+    0.002,
+    0.003,
+    0.005,
+    0.007,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.05,
+    0.07,
+    0.1,
+)
 
 _ROW = 256  # elements per row: few rows to sum over, little padding
 _BINS_PER_OCTAVE = 64  # of the histogram of magnitudes
@@ -218,17 +231,16 @@ def _largest(layout: Layout, scores: jax.Array, k: jax.Array) -> jax.Array:
     # so that it varies over workers as the loop's result does.
     start = layout.max_rows(jnp.min(scores, axis=1)) * 0
     bound = lax.fori_loop(0, 31, descend, start)
-    above = wire.pack_bits(scores.reshape(-1) > jnp.repeat(
-        bound[layout.row_layer], _ROW, total_repeat_length=layout.size
-    ))
+    above = wire.pack_bits(
+        scores.reshape(-1)
+        > jnp.repeat(bound[layout.row_layer], _ROW, total_repeat_length=layout.size)
+    )
     equal = wire.pack_bits((scores == bound[layout.row_layer][:, None]).reshape(-1))
     room = k - count(bound + 1)
     return above | _first_of_each_layer(layout, equal, room)
 
 
-def _first_of_each_layer(
-    layout: Layout, mask: jax.Array, room: jax.Array
-) -> jax.Array:
+def _first_of_each_layer(layout: Layout, mask: jax.Array, room: jax.Array) -> jax.Array:
     """Keeps the first room[l] set bits of each layer of a packed mask."""
     words_per_row = _ROW // wire.WORD
     word_layer = np.repeat(layout.row_layer, words_per_row)
@@ -278,11 +290,15 @@ def _pack_values(layout, units: Selected, levels, capacity: int):
 def _decode_values(layout, messages, levels, shared: jax.Array) -> jax.Array:
     del levels
     ((values,),) = messages  # one: the mean of all workers' messages
-    return jnp.zeros((layout.size,), jnp.float32).at[shared[: values.size]].add(
-        wire.to_floats(values),
-        mode="drop",
-        unique_indices=True,
-        indices_are_sorted=True,
+    return (
+        jnp.zeros((layout.size,), jnp.float32)
+        .at[shared[: values.size]]
+        .add(
+            wire.to_floats(values),
+            mode="drop",
+            unique_indices=True,
+            indices_are_sorted=True,
+        )
     )
 
 

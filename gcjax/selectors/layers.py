@@ -94,7 +94,9 @@ def lgreco(
         if len(capacities) == 1:  # one collective: its slack is known
             ladder = jnp.asarray(capacities[0], jnp.float32)
             used = jnp.sum(_at(sizes, jnp.maximum(chosen, 0)))
-            capacity = ladder[jnp.minimum(jnp.searchsorted(ladder, used), ladder.size - 1)]
+            capacity = ladder[
+                jnp.minimum(jnp.searchsorted(ladder, used), ladder.size - 1)
+            ]
             filled = knapsack.minimise_error(
                 errors, sizes, capacity, default=jnp.maximum(chosen, 0), method=solver
             )

@@ -1,0 +1,436 @@
+"""The training loop of an experiment: one run of one method, and its record."""
+
+import ast
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from gcjax import aggregate, checkpoint, results, tasks
+from gcjax.base import Aggregator, Words
+from gcjax.compressors import quantize, sparsify
+from gcjax.selectors import layers
+
+AXIS = "workers"
+# What the call strings of a config may name.
+_COMPRESSORS = {
+    f.__name__: f
+    for f in (
+        quantize.identity,
+        quantize.cast,
+        quantize.qsgd,
+        quantize.sign,
+        quantize.terngrad,
+        quantize.natural,
+        sparsify.top_k,
+        sparsify.random_k,
+        sparsify.threshold,
+    )
+}
+_AGGREGATORS = _COMPRESSORS | {
+    "compressed_mean": aggregate.compressed_mean,
+    "power_sgd": aggregate.power_sgd,
+}
+_SELECTORS = {"uniform": layers.uniform, "lgreco": layers.lgreco}
+_TASKS = {
+    "image_classification": tasks.image_classification,
+    "language_model": tasks.language_model,
+}
+
+
+class RunState(NamedTuple):
+    """All that a run carries from step to step; what a checkpoint holds."""
+
+    params: Any
+    opt_state: Any
+    model_state: Any
+    step: jax.Array  # int32
+
+
+class StepMetrics(NamedTuple):
+    """What one step reports; equal on all workers."""
+
+    loss: jax.Array  # float32, mean over workers
+    levels: jax.Array  # int32[L]
+    words: Words  # one worker's part in collectives, model state included
+    dense: jax.Array  # bool
+    skipped: jax.Array  # int32, so far
+
+
+def call(text: str, names: dict[str, Callable], field: str, **extra: Any) -> Any:
+    """Evaluates a call string of a config, such as "compressed_mean(top_k(0.01))".
+
+    Only calls of the given names with literal arguments, and such calls as arguments.
+
+    Raises:
+      ValueError: if the text is anything else, or the call refuses its arguments.
+    """
+
+    def value(node: ast.expr) -> Any:
+        if not isinstance(node, ast.Call):
+            return ast.literal_eval(node)
+        if not isinstance(node.func, ast.Name) or node.func.id not in names:
+            raise ValueError(f"unknown name {ast.unparse(node.func)}")
+        args = [value(a) for a in node.args]
+        return names[node.func.id](
+            *args, **{k.arg: value(k.value) for k in node.keywords}
+        )
+
+    try:
+        tree = ast.parse(text, mode="eval").body
+        if not isinstance(tree, ast.Call):
+            raise ValueError("not a call")
+        tree.keywords += [ast.keyword(k, ast.Constant(v)) for k, v in extra.items()]
+        return value(tree)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"config.{field} = {text!r}: {error}; it must be a call of one of "
+            f"{', '.join(names)}"
+        ) from None
+
+
+def build_aggregator(config: ml_collections.ConfigDict, method: str) -> Aggregator:
+    """The aggregator of one method of a config."""
+    if method == "dense":
+        return aggregate.compressed_mean(quantize.identity(), AXIS, seed=config.seed)
+    made = call(config.aggregator, _AGGREGATORS, "aggregator", seed=config.seed)
+    selector = call(method, _SELECTORS, "methods")
+    return aggregate.adapt(made, selector, config.every, config.warmup_steps)
+
+
+def build_task(config: ml_collections.ConfigDict) -> tasks.Task:
+    """The task of a config, with its data loaded."""
+    return call(config.task, _TASKS, "task", data_dir=config.data_dir or None)
+
+
+def build_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """What comes after aggregation: clipping, weight decay, the optimizer."""
+    if config.optimizer not in ("sgd", "adamw"):
+        raise ValueError(
+            f"config.optimizer must be 'sgd' or 'adamw', got {config.optimizer!r}"
+        )
+    if config.lr_schedule not in ("constant", "cosine"):
+        raise ValueError(
+            "config.lr_schedule must be 'constant' or 'cosine', got "
+            f"{config.lr_schedule!r}"
+        )
+    peak, warmup = config.learning_rate, config.lr_warmup_steps
+    rest = max(1, config.steps - warmup)
+    after = (
+        optax.cosine_decay_schedule(peak, rest)
+        if config.lr_schedule == "cosine"
+        else optax.constant_schedule(peak)
+    )
+    rate = after
+    if warmup:
+        up = optax.linear_schedule(0.0, peak, warmup)
+        rate = optax.join_schedules([up, after], [warmup])
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.optimizer == "adamw":
+        return optax.chain(*clip, optax.adamw(rate, weight_decay=config.weight_decay))
+    decay = [optax.add_decayed_weights(config.weight_decay)] * bool(config.weight_decay)
+    return optax.chain(*clip, *decay, optax.sgd(rate, momentum=config.momentum))
+
+
+def worker_step(
+    task: tasks.Task,
+    tx: optax.GradientTransformation,
+    micro_batches: int,
+    seed: int,
+    state: RunState,
+    batch: Any,
+) -> tuple[RunState, StepMetrics]:
+    """One step of one worker; the same function under every mapping."""
+    local, local_model = aggregate.as_local((state.params, state.model_state), AXIS)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(key, lax.axis_index(AXIS))
+    gradient = jax.value_and_grad(task.loss, has_aux=True)
+
+    # Accumulate before the one update: every update communicates.
+    chunk = lambda x: x.reshape(micro_batches, -1, *x.shape[1:])
+    chunks = jax.tree.map(chunk, batch)
+    loss, grads, model_state = 0.0, None, local_model
+    for i in range(micro_batches):
+        part = jax.tree.map(lambda x, i=i: x[i], chunks)
+        (value, model_state), more = gradient(
+            local, model_state, part, jax.random.fold_in(key, i)
+        )
+        loss += value / micro_batches
+        more = jax.tree.map(lambda g: g / micro_batches, more)
+        grads = more if grads is None else jax.tree.map(jnp.add, grads, more)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    info = optax.tree.get(opt_state, "info")
+    words = info.words
+    if jax.tree.leaves(model_state):
+        # Batch statistics differ from worker to worker; their mean is shared.
+        means = jax.tree.map(lambda x: aggregate.all_reduce(x, AXIS), model_state)
+        is_pair = lambda x: isinstance(x, tuple)
+        model_state = jax.tree.map(lambda p: p[0], means, is_leaf=is_pair)
+        for pair in jax.tree.leaves(means, is_leaf=is_pair):
+            words += pair[1]
+    loss, _ = aggregate.all_reduce(loss, AXIS)  # for the log only; not counted
+    new = RunState(
+        optax.apply_updates(state.params, updates),
+        opt_state,
+        model_state,
+        state.step + 1,
+    )
+    return new, StepMetrics(loss, info.levels, words, info.dense, info.skipped)
+
+
+class Run(NamedTuple):
+    """A run that is ready to step."""
+
+    task: tasks.Task
+    state: RunState
+    specs: Any  # which part of the state belongs to each worker
+    step: Callable  # (state, batch) -> (state, StepMetrics), jitted
+    place: Callable  # batch of NumPy arrays -> arrays where the step wants them
+    batches: Callable  # step -> batch
+
+
+def build(config: ml_collections.ConfigDict, method: str) -> Run:
+    """Builds and initialises a run.
+
+    Raises:
+      ValueError: for a config that makes no sense; the text names the field.
+    """
+    n = config.num_workers
+    if config.mapping not in ("simulated", "devices"):
+        raise ValueError(
+            f"config.mapping must be 'simulated' or 'devices', got {config.mapping!r}"
+        )
+    if n < 1 or config.steps < 1 or config.batch_size_per_worker < 1:
+        raise ValueError(
+            "config.num_workers, steps and batch_size_per_worker must be >= 1"
+        )
+    if config.batch_size_per_worker % config.micro_batches:
+        raise ValueError(
+            f"config.micro_batches = {config.micro_batches} does not divide "
+            f"batch_size_per_worker = {config.batch_size_per_worker}"
+        )
+    mesh = None
+    if config.mapping == "devices":
+        if len(jax.devices()) < n:
+            raise ValueError(
+                f"config.num_workers = {n} but JAX sees {len(jax.devices())} devices; "
+                "lower it or set config.mapping to 'simulated'"
+            )
+        mesh = jax.make_mesh(
+            (n,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:n]
+        )
+    task = build_task(config)
+    tx = optax.chain(build_aggregator(config, method), build_optimizer(config))
+    across = dict(axis_name=AXIS, num_workers=n, mesh=mesh)
+
+    def init(key: jax.Array) -> RunState:
+        params, model_state = task.init(key)
+        return RunState(params, tx.init(params), model_state, jnp.int32(0))
+
+    key = jax.random.key(config.seed)
+    specs = aggregate.state_specs(jax.eval_shape(init, key), AXIS)
+    where = (
+        jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+        if mesh is not None
+        else None
+    )
+    make = aggregate.over_workers(init, (P(),), specs, **across)
+    step = functools.partial(worker_step, task, tx, config.micro_batches, config.seed)
+    step = aggregate.over_workers(step, (specs, P(AXIS)), (specs, P()), **across)
+    place = functools.partial(
+        jax.device_put,
+        device=NamedSharding(mesh, P(AXIS)) if mesh is not None else None,
+    )
+    return Run(
+        task,
+        jax.jit(make, out_shardings=where)(key),
+        specs,
+        jax.jit(step, donate_argnums=0),
+        place,
+        task.batches(config.seed, n, config.batch_size_per_worker),
+    )
+
+
+def train(
+    config: ml_collections.ConfigDict, method: str, workdir: Path
+) -> dict[str, Any]:
+    """Trains one method and writes `record.json` and `metrics.jsonl` into `workdir`.
+
+    With checkpoints, `resume` continues to the result of a run that was not
+    interrupted, bit for bit.
+
+    Returns:
+      The record. Its status is "done", "diverged" (a loss that is not finite, from
+      then on) or, in the file alone, "failed" (an exception, which is raised).
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    record = results.new_record(config, method)
+    begun = time.perf_counter()
+    try:
+        _train(config, method, workdir, record)
+    except BaseException as error:
+        record["status"] = "failed"
+        record["error"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record["wall_seconds"] = time.perf_counter() - begun
+        results.write(record, workdir / "record.json")
+    return record
+
+
+def _train(config, method: str, workdir: Path, record: dict[str, Any]) -> None:
+    run = build(config, method)
+    describe(run, config, method, record)
+    state, log = run.state, Log(config, record)
+    saver = checkpoint.Saver(workdir / "checkpoints", log.identity())
+    if config.resume and (found := saver.restore(state, run.specs)):
+        state, (log.totals, record["series"]) = found
+    first = int(state.step)
+    lines = _lines(workdir / "metrics.jsonl", first)
+    bar = tqdm(total=config.steps, initial=first, desc=record["label"], unit="step")
+    with lines, bar:
+        for step in range(first, config.steps):
+            state, metrics = run.step(state, run.place(run.batches(step)))
+            log.add(step, metrics)
+            bar.update()
+            done = step + 1
+            due = lambda every, done=done: every > 0 and done % every == 0
+            evaluate = due(config.eval_every) or done == config.steps
+            if not (evaluate or due(config.checkpoint_every) or due(config.log_every)):
+                continue
+            line = log.flush()
+            if evaluate:
+                line |= log.evaluate(run.task, state)
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
+            bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
+            if not np.isfinite(line["loss"]):
+                record["status"] = "diverged"
+                break
+            if due(config.checkpoint_every):
+                saver.save(done, state, (log.totals, record["series"]))
+    saver.close()
+    log.finish()
+    if record["status"] == "running":
+        record["status"] = "done"
+
+
+def _lines(path: Path, first: int) -> Any:
+    """Opens the metrics file, without lines of steps that will be done again."""
+    kept = []
+    if first and path.exists():
+        old = path.read_text().splitlines(keepends=True)
+        kept = [x for x in old if x.endswith("\n") and json.loads(x)["step"] <= first]
+    path.write_text("".join(kept))
+    return open(path, "a")
+
+
+def describe(run: Run, config, method: str, record: dict[str, Any]) -> None:
+    """Adds to a record what the run consists of."""
+    made = build_aggregator(config, method)
+    layout = made.layout(run.state.params)
+    record["layers"] = list(layout.paths)
+    record["layer_sizes"] = layout.sizes.tolist()
+    record["ladder"] = list(made.exchange.levels)
+    record["num_params"] = sum(x.size for x in jax.tree.leaves(run.state.params))
+    record["metric"] = run.task.metric
+
+
+class Log:
+    """Collects metrics on the device and brings them to the host now and then."""
+
+    def __init__(self, config: ml_collections.ConfigDict, record: dict[str, Any]):
+        self.config, self.record = config, record
+        self.pending: list[tuple[int, StepMetrics]] = []
+        # Exact sums over all steps, of one worker.
+        self.totals = {"steps": 0, "payload_bits": 0, "wire_bits": 0.0, "skipped": 0}
+        names = ("step", "loss", "total_bits", "levels", "levels_step")
+        for name in (*names, "eval_step", "eval_bits"):
+            record["series"][name] = []
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        return {
+            "method": self.record["method"],
+            "aggregator": self.config.aggregator,
+            "ladder": self.record["ladder"],
+            "layers": self.record["layers"],
+            "num_params": self.record["num_params"],
+            "num_workers": self.config.num_workers,
+        }
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Takes note of a step without waiting for it."""
+        self.pending.append((step, metrics))
+
+    def flush(self) -> dict[str, Any]:
+        """Fetches what is pending; returns a line for metrics.jsonl."""
+        series, totals = self.record["series"], self.totals
+        fetched = jax.device_get(self.pending)
+        for step, metrics in fetched:
+            totals["steps"] += 1
+            totals["payload_bits"] += results.payload_bits(metrics.words)
+            totals["wire_bits"] += results.wire_bits(
+                metrics.words, self.config.num_workers
+            )
+            levels = [-1] * len(metrics.levels) if metrics.dense else metrics.levels
+            levels = [int(v) for v in levels]
+            if not series["levels"] or series["levels"][-1] != levels:
+                series["levels"].append(levels)
+                series["levels_step"].append(step)
+        totals["skipped"] = int(fetched[-1][1].skipped)
+        line = {
+            "step": fetched[-1][0] + 1,
+            "loss": float(np.mean([m.loss for _, m in fetched])),
+            "total_bits": totals["wire_bits"],
+            "skipped": totals["skipped"],
+        }
+        for name in ("step", "loss", "total_bits"):
+            series[name].append(line[name])
+        self.pending = []
+        return line
+
+    def evaluate(self, task: tasks.Task, state: RunState) -> dict[str, float]:
+        """Evaluates on held-out data; returns fields for metrics.jsonl."""
+        metrics = task.evaluate(state.params, state.model_state)
+        series = self.record["series"]
+        series["eval_step"].append(self.totals["steps"])
+        series["eval_bits"].append(self.totals["wire_bits"])
+        for name, value in metrics.items():
+            series.setdefault(f"eval_{name}", []).append(value)
+        return {f"eval_{k}": v for k, v in metrics.items()}
+
+    def finish(self) -> None:
+        """Fills in the record's `final`."""
+        totals, series, n = self.totals, self.record["series"], self.config.num_workers
+        steps, size = totals["steps"], self.record["num_params"]
+        dense = 32 * 2 * (n - 1) / n * size * steps
+        final = {
+            k.removeprefix("eval_"): v[-1]
+            for k, v in series.items()
+            if k.startswith("eval_") and k not in ("eval_step", "eval_bits") and v
+        }
+        ratio = lambda bits: bits / totals["wire_bits"] if totals["wire_bits"] else None
+        self.record["final"] = final | {
+            "steps": steps,
+            "skipped_steps": totals["skipped"],
+            "payload_bits": totals["payload_bits"],
+            "wire_bits": totals["wire_bits"],
+            "total_bits": totals["wire_bits"],
+            "bits_per_step": totals["wire_bits"] / steps,
+            "compression_ratio": ratio(dense),
+            "compression_ratio_bf16": ratio(dense / 2),
+        }
