@@ -148,7 +148,7 @@ def over_workers(
 
 
 def matrices_above(size: int = 1024) -> Callable[[str, tuple[int, ...]], bool]:
-    """The default rule: compress tensors of two or more dimensions and `size` entries."""
+    """The default rule: compress tensors of 2 or more dimensions and `size` entries."""
     return lambda path, shape: len(shape) >= 2 and int(np.prod(shape)) >= size
 
 
@@ -457,7 +457,7 @@ def adapt(
     if not isinstance(aggregator, Aggregator):
         raise ValueError(
             "adapt needs an aggregator such as gcjax.compressed_mean(...), got "
-            f"{type(aggregator).__name__}; put optax transformations after it in a chain"
+            f"{type(aggregator).__name__}; optax transformations come after it in a chain"
         )
     return aggregator.rebuild(selector=selector, every=every, warmup_steps=warmup_steps)
 
@@ -465,7 +465,7 @@ def adapt(
 def mean_dense(
     dense: list[jax.Array], layers: list[jax.Array], axis_name: str
 ) -> tuple[list[jax.Array], jax.Array, Words]:
-    """Mean of the tensors that are not compressed, and whether all gradients are finite.
+    """Mean of the uncompressed tensors, and whether all gradients are finite.
 
     One all-reduce: the flag rides along as one more number.
     """
