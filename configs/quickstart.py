@@ -17,8 +17,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.experiment = "quickstart"
     config.methods = ("dense", "uniform(0.01)", "lgreco(default=0.01)")
     config.steps = 500
-    config.every = 50
-    config.warmup_steps = 50
-    config.lr_warmup_steps = 50
-    config.eval_every = 50
+    config.every = 25
+    config.warmup_steps = 10
+    config.lr_warmup_steps = 10
+    config.eval_every = 25
     return config

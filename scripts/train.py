@@ -6,7 +6,7 @@ python scripts/train.py --config=configs/quickstart.py --config.learning_rate=0.
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 # Configs import each other as `configs.base`, wherever the command is given.
@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     """Runs all methods of the config, one after the other."""
     if len(argv) > 1:
         raise app.UsageError(f"what does {argv[1]!r} mean? Flags start with --")
+    logging.set_verbosity(logging.WARNING)  # JAX tells of backends it looked for
     config = CONFIG.value
     workdir = Path(WORKDIR.value or Path("workdir") / config.experiment)
     records = []

@@ -30,7 +30,7 @@ _METHODS = ("dp", "lagrangian", "exact")
 # that the budget was computed from must stay admissible.
 _TOLERANCE = 8e-7
 _BISECTIONS = 40
-_CORE_BINS = 1024
+_CORE_CHANGES = 320
 
 
 def minimise_size(
@@ -172,7 +172,7 @@ def _minimise(cost, weight, budget, default, method, bins):
     if method != "exact":
         return _solve(cost, weight, budget, default, method=method, bins=int(bins))
     tables = (np.asarray(x, np.float64) for x in (cost, weight, budget))
-    return _select(cost, weight, budget, default, _exact(*tables)[None])
+    return _select(cost, weight, budget, default, _exact(*tables))
 
 
 @partial(jax.jit, static_argnames=("method", "bins"))
@@ -183,17 +183,17 @@ def _solve(cost, weight, budget, default, *, method, bins):
     c, w, b = (jnp.where(finite, x, 1) for x in (cost, weight, budget))
     c = _scaled(c, jnp.max(jnp.abs(c)))
     w, b = _in_budget_units(w, b)
-    found = _dp(c, w, b, bins)[None] if method == "dp" else _lagrangian(c, w, b)
+    found = _dp(c, w, b, bins) if method == "dp" else _lagrangian(c, w, b)
     return _select(cost, weight, budget, default, found)
 
 
 @jax.jit
 def _select(cost, weight, budget, default, found):
-    """The best within budget of `found` [n, L], `default` and the single levels."""
+    """The best within budget of `found`, `default` and the single levels."""
     layers, levels = cost.shape
     least = _argmin_pair(weight, cost)
     columns = jnp.broadcast_to(jnp.arange(levels)[:, None], (levels, layers))
-    rows = [found, least[None], columns]
+    rows = [found[None], least[None], columns]
     if default is not None:  # first, so that it wins ties
         rows.insert(0, default[None])
     rows = jnp.concatenate([x.astype(jnp.int32) for x in rows])
@@ -261,13 +261,20 @@ def _slack(weight, budget, x):
 
 
 def _lagrangian(cost, weight, budget):
-    """Multiplier search, filled greedily and then by the core: int [2, L]."""
+    """Multiplier search, greedy filling, then the core around the multiplier: [L]."""
     cost, weight, budget, levels = _staircase(cost, weight, budget)
     start, multiplier = _bisect(cost, weight, budget)
-    filled = _fill(cost, weight, budget, start)
-    core = _core(cost, weight, budget, start, filled, multiplier)
-    core = _fill(cost, weight, budget, core)
-    return _take(levels, jnp.stack([filled, core]))
+    x = _fill(cost, weight, budget, start)
+    # A second pass has a smaller gap to close and thus finer bins. Few layers need it;
+    # many layers combine finely enough without.
+    bins, passes = (512, 2) if cost.shape[0] < 16 else (256, 1)
+    for _ in range(passes):
+        found = _core(cost, weight, budget, start, x, multiplier, bins)
+        found = _fill(cost, weight, budget, found)
+        gain = jnp.sum(_take(cost, x) - _take(cost, found))
+        within = _slack(weight, budget, found) >= -_TOLERANCE / 2 * budget
+        x = jnp.where(within & (gain > 0), found, x)
+    return _take(levels, x)
 
 
 def _staircase(cost, weight, budget):
@@ -336,52 +343,80 @@ def _fill(cost, weight, budget, x):
     return lax.while_loop(going, change, (x, jnp.bool_(True), 0))[0]
 
 
-def _core(cost, weight, budget, start, filled, multiplier):
-    """Dynamic programme over the changes that the duality gap leaves open.
+def _core(cost, weight, budget, start, best, multiplier, bins):
+    """Dynamic programme over the changes of `start` that could still beat `best`.
 
-    A change of layer l from `start` to another level has a reduced cost
-    r = (cost + multiplier * weight) - the same at start >= 0, and the best solution
-    minimises sum r + multiplier * (slack left). Changes with r above the duality gap
-    of `filled` cannot be part of it. States are binned by the net change of weight in
-    a window as wide as the largest open change. Each bin keeps one state, of least
-    reduced cost, together with its exact weight, so that binning loses some states
-    but, unlike rounding the weights, never misjudges feasibility or cost.
+    A change of one layer has a reduced cost, its cost + multiplier * weight, >= 0;
+    a solution costs that of `start` + sum of reduced costs + multiplier * (slack left
+    - slack at start), so changes above the duality gap of `best` are out. States are
+    binned by the net change of weight; a bin keeps the state of least reduced cost
+    together with its exact weight, so binning may lose states but, unlike rounding
+    the weights, never misjudges cost or feasibility. Layers with large changes come
+    first: the window of useful states, and with it the bins, narrow as they go.
     """
-    layers, n = cost.shape
-    reduced = cost + multiplier * weight
-    reduced = reduced - _take(reduced, start)[:, None]
     slack = _slack(weight, budget, start)
-    gap = jnp.sum(_take(cost, filled) - _take(cost, start)) + multiplier * slack
+    gap = jnp.sum(_take(cost, best) - _take(cost, start)) + multiplier * slack
+    reduced, change, level = _open_changes(cost, weight, start, multiplier, gap)
+    reach = jnp.max(jnp.abs(change), axis=1)
+    order = jnp.argsort(-reach)
+    reduced, change, reach = reduced[order], change[order], reach[order]
+
+    # Before layer l a state is useful if the layers from l on can bring it below the
+    # slack, and not more than gap / multiplier below. Two changes bound that well.
+    up, down = (jnp.max(jnp.maximum(x, 0), axis=1) for x in (change, -change))
+    up, down = (
+        jnp.append(jnp.minimum(jnp.cumsum(x[::-1])[::-1], 2 * reach), 0)
+        for x in (up, down)
+    )
+    low = slack - 1.001 * jnp.minimum(gap / multiplier, 2 * budget) - up
+    high = slack + down
+    low, high = low.at[0].min(0), high.at[0].max(0)
+    width = jnp.maximum((high - low) / (bins - 2), jnp.finfo(low.dtype).tiny)
+    low = low - width / 2
+    grids = low[:-1], width[:-1], low[1:], width[1:]
+
+    first = jnp.floor(-low[0] / width[0]) == jnp.arange(bins)
+    total = jnp.where(first, 0, jnp.inf).astype(cost.dtype)
+    state = total, jnp.zeros_like(total)
+    (total, moved), path = lax.scan(_add_layer, state, (reduced, change, *grids))
+    total = jnp.where(moved <= slack, total + multiplier * (slack - moved), jnp.inf)
+    picks = _backtrack(jnp.argmin(total), *path)
+    return start.at[order].set(_take(level[order], picks))
+
+
+def _open_changes(cost, weight, start, multiplier, gap):
+    """Reduced cost, change of weight and level of the open changes, [L, M] each."""
+    layers, n = cost.shape
+    change = weight - _take(weight, start)[:, None]
+    reduced = (cost - _take(cost, start)[:, None]) + multiplier * change
     repeated = (cost == jnp.roll(cost, 1, axis=1)).at[:, 0].set(False)
     reduced = jnp.where(repeated | (reduced > gap * (1 + 1e-5)), jnp.inf, reduced)
-    reduced = jnp.where(jnp.arange(n) == start[:, None], -1, reduced)
-    # Few layers need all levels; many layers combine finely enough with a few each.
-    value, level = lax.top_k(-reduced, min(n, max(8, 512 // layers)))
+    reduced = jnp.where(jnp.arange(n) == start[:, None], -1, reduced)  # always open
+    # The M best; as with the bins, few layers need more of them.
+    value, level = lax.top_k(-reduced, min(n, max(8, _CORE_CHANGES // layers)))
     reduced = jnp.maximum(-value, 0)
-    change = jnp.take_along_axis(weight, level, 1) - _take(weight, start)[:, None]
-    change = jnp.where(jnp.isfinite(reduced), change, 0)
+    change = jnp.take_along_axis(change, level, 1)
+    return reduced, jnp.where(jnp.isfinite(reduced), change, 0), level
 
-    middle = _CORE_BINS // 2
-    width = (jnp.max(jnp.abs(change)) + slack) / (middle - 1)
-    shift = jnp.round(change / jnp.where(width > 0, width, 1)).astype(jnp.int32)
-    bins = jnp.arange(_CORE_BINS)
 
-    def add_layer(state, row):
-        total, moved = state
-        reduced, change, shift = row
-        source = bins - shift[:, None]
-        inside = (source >= 0) & (source < _CORE_BINS)
-        source = jnp.clip(source, 0, _CORE_BINS - 1)
-        options = jnp.where(inside, total[source], jnp.inf) + reduced[:, None]
-        pick = jnp.argmin(options, axis=0)
-        moved = moved[source[pick, bins]] + change[pick]
-        return (jnp.min(options, axis=0), moved), pick
-
-    total = jnp.where(bins == middle, 0, jnp.inf).astype(cost.dtype)
-    state = total, jnp.zeros_like(total)
-    (total, moved), picks = lax.scan(add_layer, state, (reduced, change, shift))
-    total = jnp.where(moved <= slack, total + multiplier * (slack - moved), jnp.inf)
-    return _take(level, _backtrack(jnp.argmin(total), picks, shift))
+def _add_layer(state, row):
+    """One layer of the core: from bins (low, width) to bins (new_low, new_width)."""
+    total, moved = state
+    reduced, change, low, width, new_low, new_width = row
+    bins = jnp.arange(total.shape[0])
+    # New bins are no wider, so that each draws on at most two old ones per change.
+    source = (new_low + bins * new_width - change[:, None] - low) / width
+    source = jnp.clip(jnp.floor(source), -1, bins.size).astype(jnp.int32)
+    source = jnp.concatenate([source, source + 1])
+    reduced, change = jnp.tile(reduced, 2), jnp.tile(change, 2)
+    inside = (source >= 0) & (source < bins.size)
+    source = jnp.clip(source, 0, bins.size - 1)
+    reached = moved[source] + change[:, None]
+    inside &= jnp.floor((reached - new_low) / new_width) == bins
+    options = jnp.where(inside, total[source] + reduced[:, None], jnp.inf)
+    pick = jnp.argmin(options, axis=0)
+    state = options[pick, bins], reached[pick, bins]
+    return state, (pick % (change.size // 2), source[pick, bins])
 
 
 # Discretised dynamic programme. -----------------------------------------------------
@@ -410,20 +445,20 @@ def _dp(cost, weight, budget, bins):
 
     start = jnp.zeros(bins + 1, cost.dtype)
     total, picks = lax.scan(add_layer, start, (cost, needed))
+    sources = jnp.arange(bins + 1) - jnp.take_along_axis(needed, picks, 1)
     # The first minimum: among equal costs the lowest binned weight.
-    return _backtrack(jnp.argmin(total), picks, needed)
+    return _backtrack(jnp.argmin(total), picks, sources)
 
 
-def _backtrack(end, picks, shift):
-    """Follows picks [L, bins] from bin `end` of the last layer to the first: [L]."""
+def _backtrack(end, picks, sources):
+    """Follows sources [L, bins] from bin `end` after the last layer: picks, int [L]."""
 
     def step(position, row):
-        picks, shift = row
-        pick = picks[jnp.clip(position, 0, picks.shape[0] - 1)]
-        return position - shift[pick], pick
+        picks, sources = row
+        return sources[position], picks[position]
 
-    end = end.astype(jnp.int32)
-    return lax.scan(step, end, (picks, shift), reverse=True)[1].astype(jnp.int32)
+    end = end.astype(sources.dtype)
+    return lax.scan(step, end, (picks, sources), reverse=True)[1]
 
 
 # Exact. -----------------------------------------------------------------------------
