@@ -48,7 +48,8 @@ def new_record(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]
         "method": method,
         "label": label(config, method),
         "seed": config.seed,
-        "config": json.loads(config.to_json()) | {"methods": [method]},
+        # Without the data's place: paths of a machine are not to be committed.
+        "config": json.loads(config.to_json()) | {"methods": [method], "data_dir": ""},
         "config_hash": config_hash(config, method),
         "git": _git(),
         "versions": {

@@ -12,6 +12,13 @@ from configs import base
 from gcjax import checkpoint, results, train
 
 
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """The optax schedules mix integers and floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture
 def config():
     config = base.get_config()

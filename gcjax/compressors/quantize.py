@@ -67,24 +67,28 @@ def qsgd(
 
     def measure(layout: Layout, x: jax.Array) -> jax.Array:
         if norm == "l2":
-            return jnp.sqrt(jnp.sum(x**2, axis=1, keepdims=True))
+            largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+            relative = x / jnp.where(largest > 0, largest, 1)  # squares stay finite
+            return largest * jnp.sqrt(jnp.sum(relative**2, axis=1, keepdims=True))
         valid = layout.valid()
         low = jnp.min(jnp.where(valid, x, jnp.inf), axis=1)
         high = jnp.max(jnp.where(valid, x, -jnp.inf), axis=1)
         return jnp.stack([low, high], axis=1)
 
+    def last_code(width: jax.Array) -> jax.Array:
+        return ((1 << width) - (2 if norm == "l2" else 1))[:, None]
+
     def grid(scales: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Value of code 0 and unit of every row, float32[R, 1] each."""
         low = -scales[:, :1] if norm == "l2" else scales[:, :1]
-        codes = (1 << width) - (2 if norm == "l2" else 1)  # the largest code
         high = scales[:, -1:]
-        return low, (high - low) / codes[:, None].astype(jnp.float32)
+        return low, (high - low) / last_code(width).astype(jnp.float32)
 
     def encode(x, scales, width, key):
         low, unit = grid(scales, width)
         up = wire.noise(key, x.size).reshape(x.shape) if stochastic else 0.5
         codes = jnp.floor((x - low) / jnp.where(unit > 0, unit, 1) + up)
-        return jnp.clip(codes.astype(jnp.int32), 0, (1 << width)[:, None] - 1)
+        return jnp.clip(codes.astype(jnp.int32), 0, last_code(width))
 
     def decode(codes, scales, width):
         low, unit = grid(scales, width)
@@ -132,8 +136,9 @@ def sign(bucket_size: int | None = None) -> Compressor:
       Gradient Compression Schemes, arXiv:1901.09847.
     Note: Zero counts as positive; one bit has no third value.
     """
-    _check_bucket("sign", bucket_size or _ROW)
-    row, per_layer = bucket_size or _ROW, bucket_size is None
+    per_layer = bucket_size is None
+    row = _ROW if per_layer else bucket_size
+    _check_bucket("sign", row)
 
     def measure(layout: Layout, x: jax.Array) -> jax.Array:
         total, count = jnp.sum(jnp.abs(x), axis=1), layout.row_valid
@@ -313,8 +318,13 @@ def identity() -> Compressor:
         words=lambda layout: layout.sizes[:, None],
         errors=lambda layout, x: jnp.zeros((layout.num_layers, 1)),
         encode=lambda layout, x, levels, keys: (x, x),
-        pack=lambda layout, units, levels, capacity: (wire.to_words(units)[None], ()),
-        decode=lambda layout, messages, levels, shared: wire.to_floats(messages[0, 0]),
+        pack=lambda layout, units, levels, capacity: (
+            wire.fit(wire.to_words(units), capacity)[None],
+            (),
+        ),
+        decode=lambda layout, messages, levels, shared: wire.to_floats(
+            messages[0, 0, : layout.size]
+        ),
     )
 
 

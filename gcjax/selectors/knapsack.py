@@ -1,14 +1,13 @@
 """The multiple-choice knapsack behind adaptive compression: one level per layer.
 
-Given two tables with a row per layer and a column per level, the error that a
-level causes and the size it sends, pick one level per layer so that one total is
-least while the other stays within a budget. Three solvers, one contract:
+Given tables [layers, levels] of the error that a level causes and the size it sends,
+pick a level per layer: one total least, the other within a budget. Three methods:
 
-* `lagrangian` (default): a Lagrangian multiplier by bisection, then a dynamic
-  programme over the few levels that the duality gap leaves open. Around a
-  millisecond, jit- and vmap-able; typically within 0.01 % of the exact optimum.
-* `dp`: the discretised dynamic programme of L-GreCo, jit- and vmap-able.
-* `exact`: a mixed-integer programme on the host (SciPy's HiGHS), for tests.
+* "lagrangian" (default): a Lagrangian multiplier by bisection, then a dynamic
+  programme over the few levels that the duality gap leaves open. A few milliseconds,
+  jit- and vmap-able, mostly within 0.01 % of the optimum.
+* "dp": the discretised dynamic programme of L-GreCo, jit- and vmap-able.
+* "exact": a mixed-integer programme on the host (SciPy's HiGHS), for tests.
 
 References:
   Markov et al., 2024, L-GreCo: Layerwise-Adaptive Gradient Compression for
@@ -25,12 +24,10 @@ import numpy as np
 from jax import lax
 
 _METHODS = ("dp", "lagrangian", "exact")
-# A total counts as within the budget up to this relative excess: a caller's own
-# float32 sum of a few hundred errors is off by as much, and the default assignment
-# that the budget was computed from must stay admissible.
+# Relative excess that still counts as within the budget: a caller's float32 sum may
+# be off by as much, and the default it was taken from must stay admissible.
 _TOLERANCE = 8e-7
-_BISECTIONS = 40
-_CORE_CHANGES = 320
+_CORE_CHANGES = 320  # changes open to the core over all layers, at least 8 a layer
 
 
 def minimise_size(
@@ -40,12 +37,12 @@ def minimise_size(
 
     Minimises sum_l sizes[l, x_l] subject to sum_l errors[l, x_l] <= error_budget.
     The answer is never worse than `default` where that is within the budget, nor
-    than the best single level used for all layers. Equal sizes: lower error wins.
+    than the best single level used for all layers. Equal sizes: lower error wins,
+    of all assignments in "exact", of those examined in the other methods.
 
     Args:
-      errors: Errors, [L, V] floats >= 0, any order of levels. Computed in float32
-        unless 64-bit floats are enabled and given.
-      sizes: Sizes, [L, V] floats or integers > 0 (bits, elements, seconds, ...).
+      errors: Errors, [L, V] floats >= 0, any order of levels; used in float32.
+      sizes: Sizes, [L, V] floats or integers > 0 (bits, seconds, ...).
       error_budget: Scalar; totals are within it to 1e-6 relative.
       default: A level, or int [L] levels, that the answer must not be worse than.
         Traced values out of range (such as -1 of an earlier answer) are ignored.
@@ -57,21 +54,17 @@ def minimise_size(
       -1 everywhere if a table or the budget holds a NaN or an infinity.
 
     Raises:
-      ValueError: Unknown method, shapes that do not match, a level out of range,
-        or traced arrays with "exact".
+      ValueError: Unknown method, wrong shapes, level out of range, traced "exact".
       ImportError: "exact" without SciPy.
 
     Note:
       "dp" discretises errors by q = clip(ceil(E bins / budget), 1, bins), as in the
-      L-GreCo authors' released code, with two deviations. That code admits the
-      first layer only strictly above its own bin, which loses one bin: its answers
-      are ours at `error_budget * (1 - 1 / bins)` and `bins - 1`. And it lets a
-      single error above the budget pass as exactly the budget; here it is out.
+      L-GreCo authors' released code, with one deviation: that code admits the first
+      layer only strictly above its own bin, which loses one bin. Its answers are
+      ours at `error_budget * (1 - 1 / bins)` and `bins - 1`.
 
     References: Markov et al., 2024, arXiv:2210.17357.
     """
-    tables = _check(errors, sizes, error_budget, default, method, bins)
-    errors, sizes, error_budget, default = tables
     return _minimise(sizes, errors, error_budget, default, method, bins)
 
 
@@ -80,99 +73,73 @@ def minimise_error(
 ) -> jax.Array:
     """Picks one level per layer: least total error within a total size budget.
 
-    The dual of `minimise_size`, with the roles of the two tables exchanged:
-    minimises sum_l errors[l, x_l] subject to sum_l sizes[l, x_l] <= size_budget.
-    Equal errors: lower size wins.
+    The dual of `minimise_size`: minimises sum_l errors[l, x_l] subject to
+    sum_l sizes[l, x_l] <= size_budget. Equal errors: lower size wins.
 
     Args:
       errors: Errors, [L, V] floats >= 0.
       sizes: Sizes, [L, V] floats or integers > 0.
-      size_budget: Scalar in the unit of `sizes`; kept to 1e-6 relative.
-      default: As in `minimise_size`.
-      method: As in `minimise_size`; "dp" discretises the sizes.
+      size_budget: Scalar in the unit of `sizes`; totals are within it to 1e-6.
+      default: As in `minimise_size`, and so is `method`.
+      method: "dp" discretises the sizes.
       bins: Size bins of "dp".
 
     Returns:
       int32 [L] levels. The least-size levels if nothing is within the budget;
       -1 everywhere if a table or the budget holds a NaN or an infinity.
 
-    Raises:
-      ValueError: As in `minimise_size`.
-      ImportError: "exact" without SciPy.
+    Raises: As `minimise_size`.
     """
-    tables = _check(errors, sizes, size_budget, default, method, bins)
-    errors, sizes, size_budget, default = tables
     return _minimise(errors, sizes, size_budget, default, method, bins)
 
 
-# Arguments. -------------------------------------------------------------------------
-
-
-def _check(errors, sizes, budget, default, method, bins):
-    """Returns errors, sizes, budget, default as arrays, or raises ValueError."""
+def _minimise(cost, weight, budget, default, method, bins):
+    """Least total cost within a budget of total weight, arguments unchecked."""
+    traced = [isinstance(x, jax.core.Tracer) for x in (cost, weight, budget, default)]
     if method not in _METHODS:
         raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
+    if method == "exact" and any(traced):
+        reason = 'method "exact" needs concrete arrays'
+        raise ValueError(reason + '; under jit or vmap use "lagrangian"')
     if not isinstance(bins, (int, np.integer)) or bins < 1:
         raise ValueError(f"bins must be a positive integer, got {bins!r}")
-    if method == "exact" and any(map(_is_traced, (errors, sizes, budget, default))):
+    cost, weight, budget = map(_as_float, (cost, weight, budget))
+    if cost.ndim != 2 or cost.shape != weight.shape or 0 in cost.shape or budget.shape:
         raise ValueError(
-            'method "exact" runs on the host and needs concrete arrays; under jit or '
-            'vmap use method="lagrangian" or "dp"'
-        )
-    errors, sizes, budget = map(_as_float, (errors, sizes, budget))
-    if errors.ndim != 2 or errors.shape != sizes.shape or 0 in errors.shape:
-        raise ValueError(
-            "errors and sizes must be non-empty tables [layers, levels] of one "
-            f"shape, got {errors.shape} and {sizes.shape}"
-        )
-    if budget.shape:
-        raise ValueError(
-            f"the budget must be a scalar, got shape {budget.shape}; use jax.vmap to "
-            "solve for several budgets"
+            "errors and sizes must be non-empty tables [layers, levels] of one shape "
+            "and the budget a scalar (jax.vmap solves several), got shapes "
+            f"{cost.shape}, {weight.shape} and {budget.shape}"
         )
     if default is not None:
-        default = _check_default(default, *errors.shape)
-    return errors, sizes, budget, default
+        default = _check_default(default, traced[-1], *cost.shape)
+    if method != "exact":
+        return _solve(cost, weight, budget, default, method=method, bins=int(bins))
+    found = _exact(*(np.asarray(x, np.float64) for x in (cost, weight, budget)))
+    return _select(cost, weight, budget, default, found)
 
 
-def _check_default(default, layers, levels):
+def _check_default(default, traced, layers, levels):
     """Returns `default` as int32 [layers], or raises ValueError."""
-    traced = _is_traced(default)
     default = default if traced else np.asarray(default)
     if default.dtype.kind not in "iu" or default.shape not in ((), (layers,)):
         raise ValueError(
-            f"default must be a level or int32[{layers}], one level per layer, got "
-            f"{default.dtype} with shape {default.shape}"
+            f"default must be a level or int32[{layers}], one level per layer, "
+            f"got {default.dtype}{list(default.shape)}"
         )
     if not traced and (default.min() < 0 or default.max() >= levels):
         raise ValueError(
-            f"default must hold levels in [0, {levels}), got levels from "
-            f"{default.min()} to {default.max()}"
+            f"default must hold levels in [0, {levels}), "
+            f"got {default.min()} to {default.max()}"
         )
     return jnp.broadcast_to(jnp.asarray(default, jnp.int32), (layers,))
 
 
-def _is_traced(x):
-    return isinstance(x, jax.core.Tracer)
-
-
 def _as_float(x):
-    """Float array of at least 32 bits; host integers above 2**31 survive."""
+    """As float32; on the host first, so that integers above 2**31 survive."""
     if isinstance(x, jax.Array):
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return x.astype(jnp.float32)
     with np.errstate(over="ignore"):  # an overflow becomes inf, answered with -1
-        return jnp.asarray(np.asarray(x, jax.dtypes.canonicalize_dtype(float)))
-
-
-# What all methods share. ------------------------------------------------------------
-
-
-def _minimise(cost, weight, budget, default, method, bins):
-    """Least total cost within a budget of total weight; arguments are arrays."""
-    if method != "exact":
-        return _solve(cost, weight, budget, default, method=method, bins=int(bins))
-    tables = (np.asarray(x, np.float64) for x in (cost, weight, budget))
-    return _select(cost, weight, budget, default, _exact(*tables))
+        return jnp.asarray(np.asarray(x).astype(np.float32))
 
 
 @partial(jax.jit, static_argnames=("method", "bins"))
@@ -243,10 +210,10 @@ def _in_budget_units(weight, budget):
 
 
 def _split_sum(x):
-    """Sums the last axis as two floats, far more exact than one float32 sum.
+    """Sums the last axis as two floats, far more exactly than one float32 sum.
 
-    For |x| <= 1 the high parts are multiples of 2**-12, whose sum is exact and does
-    not depend on the order; the low parts are too small to matter when rounded.
+    For |x| <= 1 the high parts, multiples of 2**-12, have an exact sum in any order;
+    the low parts are too small for the rounding of their sum to matter.
     """
     high = jnp.round(x * 4096) / 4096
     return jnp.sum(high, -1), jnp.sum(x - high, -1)
@@ -257,16 +224,12 @@ def _slack(weight, budget, x):
     return (budget - high) - low
 
 
-# Lagrangian. ------------------------------------------------------------------------
-
-
 def _lagrangian(cost, weight, budget):
     """Multiplier search, greedy filling, then the core around the multiplier: [L]."""
     cost, weight, budget, levels = _staircase(cost, weight, budget)
     start, multiplier = _bisect(cost, weight, budget)
     x = _fill(cost, weight, budget, start)
-    # A second pass has a smaller gap to close and thus finer bins. Few layers need it;
-    # many layers combine finely enough without.
+    # A second pass has less of a gap to close, thus finer bins: few layers need it.
     bins, passes = (512, 2) if cost.shape[0] < 16 else (256, 1)
     for _ in range(passes):
         found = _core(cost, weight, budget, start, x, multiplier, bins)
@@ -280,10 +243,9 @@ def _lagrangian(cost, weight, budget):
 def _staircase(cost, weight, budget):
     """Sorts each layer by weight and replaces dominated levels by dominating ones.
 
-    Returns cost (not increasing along a row), weight (not decreasing), the budget
-    left above the lightest levels, and the original level behind each cell. Weights
-    count from the lightest level and costs from the cheapest affordable one, both
-    scaled to at most 1, which is where float32 is most exact.
+    Returns cost (not increasing along a row), weight (not decreasing), the budget left
+    above the lightest levels, and the original levels. Weights count from the lightest
+    and costs from the cheapest affordable level, scaled to at most 1, for float32.
     """
     lightest = jnp.min(weight, axis=1)
     high, low = _split_sum(lightest)
@@ -317,7 +279,7 @@ def _bisect(cost, weight, budget):
         return jnp.where(ok, low, middle), jnp.where(ok, middle, high)
 
     bounds = jnp.asarray(-45.0, cost.dtype), jnp.asarray(45.0, cost.dtype)
-    _, log = lax.fori_loop(0, _BISECTIONS, halve, bounds)
+    _, log = lax.fori_loop(0, 40, halve, bounds)
     x = cheapest(log)
     # Column 0 is the lightest; needed where even the largest multiplier is too small.
     return jnp.where(_slack(weight, budget, x) >= 0, x, 0), jnp.exp2(log)
@@ -330,16 +292,13 @@ def _fill(cost, weight, budget, x):
     def change(carry):
         x, _, rounds = carry
         reach = _take(weight, x) + _slack(weight, budget, x)
-        best = jnp.sum(weight <= reach[:, None], axis=1) - 1
-        best = jnp.maximum(best, 0)
+        best = jnp.maximum(jnp.sum(weight <= reach[:, None], axis=1) - 1, 0)
         gain = _take(cost, x) - _take(cost, best)
         layer = jnp.argmax(gain)
         better = gain[layer] > 0
         return jnp.where((layers == layer) & better, best, x), better, rounds + 1
 
-    def going(carry):
-        return carry[1] & (carry[2] < 4 * cost.shape[0])
-
+    going = lambda carry: carry[1] & (carry[2] < 4 * layers.size)
     return lax.while_loop(going, change, (x, jnp.bool_(True), 0))[0]
 
 
@@ -347,12 +306,11 @@ def _core(cost, weight, budget, start, best, multiplier, bins):
     """Dynamic programme over the changes of `start` that could still beat `best`.
 
     A change of one layer has a reduced cost, its cost + multiplier * weight, >= 0;
-    a solution costs that of `start` + sum of reduced costs + multiplier * (slack left
-    - slack at start), so changes above the duality gap of `best` are out. States are
-    binned by the net change of weight; a bin keeps the state of least reduced cost
-    together with its exact weight, so binning may lose states but, unlike rounding
-    the weights, never misjudges cost or feasibility. Layers with large changes come
-    first: the window of useful states, and with it the bins, narrow as they go.
+    a solution is worth the sum of these + multiplier * slack left, so changes above
+    the duality gap of `best` are out. States are binned by net change of weight; a bin
+    keeps one state, of least reduced cost, with its exact weight, so binning may lose
+    states but, unlike rounded weights, never misjudges cost or feasibility. Large
+    changes come first: the window of useful states, and so the bins, narrow as they go.
     """
     slack = _slack(weight, budget, start)
     gap = jnp.sum(_take(cost, best) - _take(cost, start)) + multiplier * slack
@@ -361,27 +319,26 @@ def _core(cost, weight, budget, start, best, multiplier, bins):
     order = jnp.argsort(-reach)
     reduced, change, reach = reduced[order], change[order], reach[order]
 
-    # Before layer l a state is useful if the layers from l on can bring it below the
-    # slack, and not more than gap / multiplier below. Two changes bound that well.
-    up, down = (jnp.max(jnp.maximum(x, 0), axis=1) for x in (change, -change))
-    up, down = (
-        jnp.append(jnp.minimum(jnp.cumsum(x[::-1])[::-1], 2 * reach), 0)
-        for x in (up, down)
-    )
-    low = slack - 1.001 * jnp.minimum(gap / multiplier, 2 * budget) - up
-    high = slack + down
+    # Useful before layer l: what the rest can bring below the slack, but by no more
+    # than gap / multiplier. In practice two changes bound what the rest brings.
+    def remaining(change):
+        total = jnp.cumsum(jnp.max(change, axis=1, initial=0)[::-1])[::-1]
+        return jnp.append(jnp.minimum(total, 2 * reach), 0)
+
+    low = slack - 1.001 * jnp.minimum(gap / multiplier, 2 * budget) - remaining(change)
+    high = slack + remaining(-change)
     low, high = low.at[0].min(0), high.at[0].max(0)
     width = jnp.maximum((high - low) / (bins - 2), jnp.finfo(low.dtype).tiny)
     low = low - width / 2
     grids = low[:-1], width[:-1], low[1:], width[1:]
 
-    first = jnp.floor(-low[0] / width[0]) == jnp.arange(bins)
+    first = jnp.floor(-low[0] / width[0]) == jnp.arange(bins, dtype=low.dtype)
     total = jnp.where(first, 0, jnp.inf).astype(cost.dtype)
     state = total, jnp.zeros_like(total)
     (total, moved), path = lax.scan(_add_layer, state, (reduced, change, *grids))
     total = jnp.where(moved <= slack, total + multiplier * (slack - moved), jnp.inf)
     picks = _backtrack(jnp.argmin(total), *path)
-    return start.at[order].set(_take(level[order], picks))
+    return start.at[order].set(_take(level[order], picks).astype(start.dtype))
 
 
 def _open_changes(cost, weight, start, multiplier, gap):
@@ -403,7 +360,7 @@ def _add_layer(state, row):
     """One layer of the core: from bins (low, width) to bins (new_low, new_width)."""
     total, moved = state
     reduced, change, low, width, new_low, new_width = row
-    bins = jnp.arange(total.shape[0])
+    bins = jnp.arange(total.size, dtype=total.dtype)  # few, hence exact
     # New bins are no wider, so that each draws on at most two old ones per change.
     source = (new_low + bins * new_width - change[:, None] - low) / width
     source = jnp.clip(jnp.floor(source), -1, bins.size).astype(jnp.int32)
@@ -415,11 +372,8 @@ def _add_layer(state, row):
     inside &= jnp.floor((reached - new_low) / new_width) == bins
     options = jnp.where(inside, total[source] + reduced[:, None], jnp.inf)
     pick = jnp.argmin(options, axis=0)
-    state = options[pick, bins], reached[pick, bins]
-    return state, (pick % (change.size // 2), source[pick, bins])
-
-
-# Discretised dynamic programme. -----------------------------------------------------
+    state = _take(options.T, pick), _take(reached.T, pick)
+    return state, (pick % (change.size // 2), _take(source.T, pick))
 
 
 def _dp(cost, weight, budget, bins):
@@ -427,6 +381,7 @@ def _dp(cost, weight, budget, bins):
     ratio = weight * bins / jnp.where(budget > 0, budget, 1)
     needed = jnp.clip(jnp.ceil(ratio), 1, bins).astype(jnp.int32)
     cost = jnp.where(weight <= budget, cost, jnp.inf)
+    levels = jnp.arange(cost.shape[1], dtype=jnp.int32)
     barrier = jnp.full(bins, jnp.inf, cost.dtype)
 
     def add_layer(total, row):
@@ -440,28 +395,20 @@ def _dp(cost, weight, budget, bins):
             return (jnp.where(better, option, best[0]), pick), None
 
         first = jnp.full(bins + 1, jnp.inf, total.dtype), jnp.zeros(bins + 1, jnp.int32)
-        levels = (*row, jnp.arange(row[0].shape[0], dtype=jnp.int32))
-        return lax.scan(try_level, first, levels)[0]
+        return lax.scan(try_level, first, (*row, levels))[0]
 
     start = jnp.zeros(bins + 1, cost.dtype)
     total, picks = lax.scan(add_layer, start, (cost, needed))
     sources = jnp.arange(bins + 1) - jnp.take_along_axis(needed, picks, 1)
-    # The first minimum: among equal costs the lowest binned weight.
+    # argmin takes the first: among equal costs the lowest binned weight.
     return _backtrack(jnp.argmin(total), picks, sources)
 
 
 def _backtrack(end, picks, sources):
     """Follows sources [L, bins] from bin `end` after the last layer: picks, int [L]."""
 
-    def step(position, row):
-        picks, sources = row
-        return sources[position], picks[position]
-
-    end = end.astype(sources.dtype)
-    return lax.scan(step, end, (picks, sources), reverse=True)[1]
-
-
-# Exact. -----------------------------------------------------------------------------
+    step = lambda position, row: (row[1][position], row[0][position])
+    return lax.scan(step, end.astype(sources.dtype), (picks, sources), reverse=True)[1]
 
 
 def _exact(cost, weight, budget):
@@ -484,7 +431,7 @@ def _exact(cost, weight, budget):
     layer, level = np.nonzero(affordable)
     cost = cost - np.where(affordable, cost, np.inf).min(axis=1, keepdims=True)
     # HiGHS has absolute tolerances of about 1e-6: scale up, and let the weight in
-    # with 1e-7 of the cost, so that it decides between equal costs.
+    # with 1e-10 of the cost, so that it decides between equal costs.
     c, w = cost[affordable], weight[affordable]
     c, w = 1e6 * c / (c.max() or 1.0), 1e4 * w / (slack or 1.0)
     one_each = csr_array((np.ones(len(layer)), (layer, np.arange(len(layer)))))

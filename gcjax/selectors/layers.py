@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gcjax.base import Selector
 from gcjax.selectors import knapsack
@@ -91,16 +92,13 @@ def lgreco(
         chosen = knapsack.minimise_size(
             errors, sizes, budget, default=fall_back, method=solver
         )
-        if len(capacities) == 1:  # one collective: its slack is known
-            ladder = jnp.asarray(capacities[0], jnp.float32)
-            used = jnp.sum(_at(sizes, jnp.maximum(chosen, 0)))
-            capacity = ladder[
-                jnp.minimum(jnp.searchsorted(ladder, used), ladder.size - 1)
-            ]
-            filled = knapsack.minimise_error(
-                errors, sizes, capacity, default=jnp.maximum(chosen, 0), method=solver
-            )
-            chosen = jnp.where(chosen < 0, chosen, filled)
+        if len(capacities) == 1:  # one collective: what its length leaves is known
+            usable, levels = jnp.all(chosen >= 0), jnp.maximum(chosen, 0)
+            ladder = jnp.asarray(capacities[0], jnp.int32)
+            used = jnp.sum(_at(jnp.asarray(words, jnp.int32), levels))
+            at = jnp.minimum(jnp.searchsorted(ladder, used), ladder.size - 1)
+            levels = _spend(errors, words, ladder[at], levels)
+            chosen = jnp.where(usable, levels, chosen)
         return chosen, state
 
     return Selector(
@@ -112,6 +110,25 @@ def lgreco(
         init=lambda num_layers: (),
         update=update,
     )
+
+
+def _spend(errors: jax.Array, words: np.ndarray, capacity: jax.Array, levels):
+    """Fills a capacity: again and again the change of one layer that gains most."""
+    words = jnp.asarray(words, jnp.int32)
+    layers = jnp.arange(levels.size)
+
+    def gains(levels):
+        slack = capacity - jnp.sum(_at(words, levels))
+        fits = words - _at(words, levels)[:, None] <= slack
+        gain = jnp.where(fits, _at(errors, levels)[:, None] - errors, 0)
+        return jnp.max(gain, axis=1), jnp.argmax(gain, axis=1).astype(levels.dtype)
+
+    def change(levels):
+        gain, better = gains(levels)
+        return jnp.where(layers == jnp.argmax(gain), better, levels)
+
+    # Every change lowers the total error, so this ends.
+    return lax.while_loop(lambda v: jnp.max(gains(v)[0]) > 0, change, levels)
 
 
 def _at(table: jax.Array, levels: jax.Array | np.ndarray) -> jax.Array:
