@@ -1,19 +1,12 @@
 """gcjax: adaptive gradient compression for data-parallel training in JAX."""
 
-from gcjax.aggregate import (
-    adapt,
-    aggregator,
-    as_local,
-    compressed_mean,
-    matrices_above,
-    over_workers,
-    power_sgd,
-    state_specs,
-)
+from gcjax.aggregate import adapt, aggregator, matrices_above
 from gcjax.base import Aggregator, Compressor, Exchange, Layout, Selector
 from gcjax.compressors.quantize import cast, identity, natural, qsgd, sign, terngrad
 from gcjax.compressors.sparsify import random_k, threshold, top_k
+from gcjax.exchange import compressed_mean, power_sgd
 from gcjax.selectors.layers import lgreco, uniform
+from gcjax.workers import as_local, over_workers, state_specs
 
 __all__ = [
     # aggregators and what makes them adaptive

@@ -294,6 +294,14 @@ class WorkerState(NamedTuple):
     snapshot: Any  # sum of what entered the compressor, for the error table
 
 
+def pick(table: Any, levels: Any) -> Any:
+    """Each layer's entry [L] of a table [L, V]; NumPy if both are."""
+    if isinstance(table, np.ndarray) and isinstance(levels, np.ndarray):
+        return np.take_along_axis(table, levels[:, None], 1)[:, 0]
+    levels = jnp.asarray(levels)[:, None]
+    return jnp.take_along_axis(jnp.asarray(table), levels, 1)[:, 0]
+
+
 def level_index(levels: tuple[Any, ...], value: Any) -> int:
     """Finds a ladder's value.
 

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from gcjax import aggregate, checkpoint, results, tasks
+from gcjax import aggregate, checkpoint, exchange, results, tasks, workers
 from gcjax.base import Aggregator, Words
 from gcjax.compressors import quantize, sparsify
 from gcjax.selectors import layers
@@ -40,8 +40,8 @@ _COMPRESSORS = {
     )
 }
 _AGGREGATORS = _COMPRESSORS | {
-    "compressed_mean": aggregate.compressed_mean,
-    "power_sgd": aggregate.power_sgd,
+    "compressed_mean": exchange.compressed_mean,
+    "power_sgd": exchange.power_sgd,
 }
 _SELECTORS = {"uniform": layers.uniform, "lgreco": layers.lgreco}
 _TASKS = {
@@ -104,7 +104,7 @@ def call(text: str, names: dict[str, Callable], field: str, **extra: Any) -> Any
 def build_aggregator(config: ml_collections.ConfigDict, method: str) -> Aggregator:
     """The aggregator of one method of a config."""
     if method == "dense":
-        return aggregate.compressed_mean(quantize.identity(), AXIS, seed=config.seed)
+        return exchange.compressed_mean(quantize.identity(), AXIS, seed=config.seed)
     made = call(config.aggregator, _AGGREGATORS, "aggregator", seed=config.seed)
     selector = call(method, _SELECTORS, "methods")
     return aggregate.adapt(made, selector, config.every, config.warmup_steps)
@@ -153,7 +153,7 @@ def worker_step(
     batch: Any,
 ) -> tuple[RunState, StepMetrics]:
     """One step of one worker; the same function under every mapping."""
-    local, local_model = aggregate.as_local((state.params, state.model_state), AXIS)
+    local, local_model = workers.as_local((state.params, state.model_state), AXIS)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     key = jax.random.fold_in(key, lax.axis_index(AXIS))
     gradient = jax.value_and_grad(task.loss, has_aux=True)
@@ -241,15 +241,15 @@ def build(config: ml_collections.ConfigDict, method: str) -> Run:
         return RunState(params, tx.init(params), model_state, jnp.int32(0))
 
     key = jax.random.key(config.seed)
-    specs = aggregate.state_specs(jax.eval_shape(init, key), AXIS)
+    specs = workers.state_specs(jax.eval_shape(init, key), AXIS)
     where = (
         jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
         if mesh is not None
         else None
     )
-    make = aggregate.over_workers(init, (P(),), specs, **across)
+    make = workers.over_workers(init, (P(),), specs, **across)
     step = functools.partial(worker_step, task, tx, config.micro_batches, config.seed)
-    step = aggregate.over_workers(step, (specs, P(AXIS)), (specs, P()), **across)
+    step = workers.over_workers(step, (specs, P(AXIS)), (specs, P()), **across)
     place = functools.partial(
         jax.device_put,
         device=NamedSharding(mesh, P(AXIS)) if mesh is not None else None,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 # Configs import each other as `configs.base`, wherever the command is given.
@@ -136,6 +136,7 @@ def main(argv: list[str]) -> None:
     """Expands the config's sweep and does it."""
     if len(argv) > 1:
         raise app.UsageError(f"what does {argv[1]!r} mean? Flags start with --")
+    logging.set_verbosity(logging.WARNING)  # JAX tells of backends it looked for
     given, runs_dir = flags.FLAGS, Path(flags.FLAGS.runs)
     file = config_flags.get_config_filename(given["config"]).split(":")[0]
     runs = report.sweep_runs(given.config, report.load_config_file(Path(file)))

@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 import gcjax
 
 
-def adaptive_top_k(**options):
+def adaptive_top_k(densities=(0.001, 0.003, 0.01, 0.03), **options):
+    """A short ladder with few lengths, which compiles quickly."""
     return gcjax.adapt(
-        gcjax.compressed_mean(gcjax.top_k(), spacing=1.3, **options),
-        gcjax.lgreco(0.01),
+        gcjax.compressed_mean(gcjax.top_k(densities), spacing=1.4, **options),
+        gcjax.lgreco(0.01, solver="dp"),
         every=2,
     )
 

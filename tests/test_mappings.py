@@ -23,18 +23,22 @@ AGGREGATORS = {
     "natural": lambda: gcjax.compressed_mean(gcjax.natural()),
     "power_sgd": lambda: gcjax.power_sgd(2),
     "top_k adaptive": lambda: gcjax.adapt(
-        gcjax.compressed_mean(gcjax.top_k(), spacing=1.3, momentum=0.9),
+        gcjax.compressed_mean(
+            gcjax.top_k((0.003, 0.01, 0.03)), spacing=2.0, momentum=0.9
+        ),
         gcjax.lgreco(0.01),
         every=2,
         warmup_steps=1,
     ),
     "qsgd adaptive": lambda: gcjax.adapt(
-        gcjax.compressed_mean(gcjax.qsgd(rounding="nearest"), spacing=1.3),
+        gcjax.compressed_mean(
+            gcjax.qsgd((2, 3, 4, 6), rounding="nearest"), spacing=2.0
+        ),
         gcjax.lgreco(4, error="squared"),
         every=2,
     ),
     "power_sgd adaptive": lambda: gcjax.adapt(
-        gcjax.power_sgd((1, 2, 4, 8), spacing=1.3), gcjax.lgreco(4), every=2
+        gcjax.power_sgd((1, 2, 4, 8), spacing=2.0), gcjax.lgreco(4), every=2
     ),
 }
 

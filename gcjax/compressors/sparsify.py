@@ -65,7 +65,7 @@ def top_k(densities: float | Sequence[float] = DENSITIES) -> Compressor:
 
     def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys):
         del keys
-        k = _pick(_counts(layout, densities), levels)
+        k = base.pick(_counts(layout, densities), levels)
         return _keep(x, _largest(layout, _magnitudes(layout, x), k))
 
     return Compressor(
@@ -113,9 +113,9 @@ def random_k(
     def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys):
         scores = wire.random_words(keys.shared, layout.size).reshape(-1, _ROW) >> 1
         scores = jnp.where(layout.valid(), scores | 1, 0)
-        k = _pick(_counts(layout, densities), levels)
+        k = base.pick(_counts(layout, densities), levels)
         if unbiased:
-            scale = _pick(1 / kept(layout), levels, jnp.float32)[layout.row_layer]
+            scale = base.pick(1 / kept(layout), levels)[layout.row_layer]
             x = (x.reshape(-1, _ROW) * scale[:, None]).reshape(-1)
         return _keep(x, _largest(layout, scores, k))
 
@@ -196,11 +196,6 @@ def _counts(layout: Layout, densities: tuple[float, ...]) -> np.ndarray:
     # The least float error must not cost an entry: 0.29 * 100 is 28.999...
     exact = np.floor(layout.sizes[:, None] * np.array(densities) * (1 + 1e-12))
     return np.maximum(1, exact).astype(np.int64)
-
-
-def _pick(table: np.ndarray, levels: jax.Array, dtype=jnp.int32) -> jax.Array:
-    """Takes each layer's entry of a static table [L, V]."""
-    return jnp.take_along_axis(jnp.asarray(table, dtype), levels[:, None], 1)[:, 0]
 
 
 def _magnitudes(layout: Layout, x: jax.Array) -> jax.Array:

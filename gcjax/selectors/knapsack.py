@@ -226,44 +226,36 @@ def _slack(weight, budget, x):
 
 def _lagrangian(cost, weight, budget):
     """Multiplier search, greedy filling, then the core around the multiplier: [L]."""
-    cost, weight, budget, levels = _staircase(cost, weight, budget)
+    cost, weight, budget = _above_lightest(cost, weight, budget)
     start, multiplier = _bisect(cost, weight, budget)
-    x = _fill(cost, weight, budget, start)
     # A second pass has less of a gap to close, thus finer bins: few layers need it.
     bins, passes = (512, 2) if cost.shape[0] < 16 else (256, 1)
-    for _ in range(passes):
+
+    def improve(_, x):
         found = _core(cost, weight, budget, start, x, multiplier, bins)
         found = _fill(cost, weight, budget, found)
         gain = jnp.sum(_take(cost, x) - _take(cost, found))
         within = _slack(weight, budget, found) >= -_TOLERANCE / 2 * budget
-        x = jnp.where(within & (gain > 0), found, x)
-    return _take(levels, x)
+        return jnp.where(within & (gain > 0), found, x)
+
+    return lax.fori_loop(0, passes, improve, _fill(cost, weight, budget, start))
 
 
-def _staircase(cost, weight, budget):
-    """Sorts each layer by weight and replaces dominated levels by dominating ones.
+def _above_lightest(cost, weight, budget):
+    """Weights above each layer's lightest level, and the budget left above these.
 
-    Returns cost (not increasing along a row), weight (not decreasing), the budget left
-    above the lightest levels, and the original levels. Weights count from the lightest
-    and costs from the cheapest affordable level, scaled to at most 1, for float32.
+    Costs count from the cheapest affordable level; those of levels that the budget
+    does not allow even alone are inf. All are scaled to at most 1, for float32.
     """
     lightest = jnp.min(weight, axis=1)
     high, low = _split_sum(lightest)
     budget = jnp.maximum((budget - high) - low, 0)
     weight = weight - lightest[:, None]
     affordable = weight <= budget
-    weight, budget = _scaled(weight, budget), _scaled(budget, budget)
     cost = jnp.where(affordable, cost, jnp.inf)
     cost = cost - jnp.min(cost, axis=1, keepdims=True)
     cost = _scaled(cost, jnp.max(jnp.where(affordable, cost, 0)))
-
-    order = jnp.lexsort((cost, weight), axis=1)
-    cost = jnp.take_along_axis(cost, order, 1)
-    least = lax.cummin(cost, axis=1)
-    step = (cost < jnp.roll(least, 1, axis=1)).at[:, 0].set(True)
-    source = lax.cummax(jnp.where(step, jnp.arange(cost.shape[1]), 0), axis=1)
-    levels = jnp.take_along_axis(order, source, 1)
-    return least, jnp.take_along_axis(weight, levels, 1), budget, levels
+    return cost, _scaled(weight, budget), _scaled(budget, budget)
 
 
 def _bisect(cost, weight, budget):
@@ -281,8 +273,9 @@ def _bisect(cost, weight, budget):
     bounds = jnp.asarray(-45.0, cost.dtype), jnp.asarray(45.0, cost.dtype)
     _, log = lax.fori_loop(0, 40, halve, bounds)
     x = cheapest(log)
-    # Column 0 is the lightest; needed where even the largest multiplier is too small.
-    return jnp.where(_slack(weight, budget, x) >= 0, x, 0), jnp.exp2(log)
+    # Where even the largest multiplier is too small, the lightest levels.
+    x = jnp.where(_slack(weight, budget, x) >= 0, x, _argmin_pair(weight, cost))
+    return x, jnp.exp2(log)
 
 
 def _fill(cost, weight, budget, x):
@@ -292,7 +285,7 @@ def _fill(cost, weight, budget, x):
     def change(carry):
         x, _, rounds = carry
         reach = _take(weight, x) + _slack(weight, budget, x)
-        best = jnp.maximum(jnp.sum(weight <= reach[:, None], axis=1) - 1, 0)
+        best = jnp.argmin(jnp.where(weight <= reach[:, None], cost, jnp.inf), axis=1)
         gain = _take(cost, x) - _take(cost, best)
         layer = jnp.argmax(gain)
         better = gain[layer] > 0
@@ -346,8 +339,7 @@ def _open_changes(cost, weight, start, multiplier, gap):
     layers, n = cost.shape
     change = weight - _take(weight, start)[:, None]
     reduced = (cost - _take(cost, start)[:, None]) + multiplier * change
-    repeated = (cost == jnp.roll(cost, 1, axis=1)).at[:, 0].set(False)
-    reduced = jnp.where(repeated | (reduced > gap * (1 + 1e-5)), jnp.inf, reduced)
+    reduced = jnp.where(reduced > gap * (1 + 1e-5), jnp.inf, reduced)
     reduced = jnp.where(jnp.arange(n) == start[:, None], -1, reduced)  # always open
     # The M best; as with the bins, few layers need more of them.
     value, level = lax.top_k(-reduced, min(n, max(8, _CORE_CHANGES // layers)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gcjax.base import Selector
+from gcjax.base import Selector, pick
 from gcjax.selectors import knapsack
 
 
@@ -86,7 +86,7 @@ def lgreco(
     def update(errors, words, default, capacities, state):
         errors = jnp.sqrt(errors) if error == "norm" else errors
         sizes = jnp.asarray(words, jnp.float32)
-        budget = alpha * jnp.sum(_at(errors, default))
+        budget = alpha * jnp.sum(pick(errors, default))
         # A tighter budget than uniform's rules uniform out as the fall-back.
         fall_back = default if alpha >= 1 else None
         chosen = knapsack.minimise_size(
@@ -95,7 +95,7 @@ def lgreco(
         if len(capacities) == 1:  # one collective: what its length leaves is known
             usable, levels = jnp.all(chosen >= 0), jnp.maximum(chosen, 0)
             ladder = jnp.asarray(capacities[0], jnp.int32)
-            used = jnp.sum(_at(jnp.asarray(words, jnp.int32), levels))
+            used = jnp.sum(pick(jnp.asarray(words, jnp.int32), levels))
             at = jnp.minimum(jnp.searchsorted(ladder, used), ladder.size - 1)
             levels = _spend(errors, words, ladder[at], levels)
             chosen = jnp.where(usable, levels, chosen)
@@ -118,9 +118,9 @@ def _spend(errors: jax.Array, words: np.ndarray, capacity: jax.Array, levels):
     layers = jnp.arange(levels.size)
 
     def gains(levels):
-        slack = capacity - jnp.sum(_at(words, levels))
-        fits = words - _at(words, levels)[:, None] <= slack
-        gain = jnp.where(fits, _at(errors, levels)[:, None] - errors, 0)
+        slack = capacity - jnp.sum(pick(words, levels))
+        fits = words - pick(words, levels)[:, None] <= slack
+        gain = jnp.where(fits, pick(errors, levels)[:, None] - errors, 0)
         return jnp.max(gain, axis=1), jnp.argmax(gain, axis=1).astype(levels.dtype)
 
     def change(levels):
@@ -129,7 +129,3 @@ def _spend(errors: jax.Array, words: np.ndarray, capacity: jax.Array, levels):
 
     # Every change lowers the total error, so this ends.
     return lax.while_loop(lambda v: jnp.max(gains(v)[0]) > 0, change, levels)
-
-
-def _at(table: jax.Array, levels: jax.Array | np.ndarray) -> jax.Array:
-    return jnp.take_along_axis(table, jnp.asarray(levels)[:, None], 1)[:, 0]

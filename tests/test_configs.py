@@ -1,0 +1,105 @@
+"""Every config builds, its sweep expands, and each of its aggregators takes a step."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gcjax import report, results, train
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+MODULES = {p.stem: report.load_config_file(p) for p in FILES}
+each_config = pytest.mark.parametrize("name", MODULES)
+
+
+def adaptive_runs():
+    """A quick run of L-GreCo for each distinct aggregator of all sweeps."""
+    found = {}
+    for module in MODULES.values():
+        if not hasattr(module, "sweep"):
+            continue
+        for config, method in report.sweep_runs(module.get_config("quick"), module):
+            if method.startswith("lgreco("):
+                found.setdefault(config.aggregator, (config, method))
+    return [
+        pytest.param(*run, id=f"{run[0].experiment} {results.label(*run)}")
+        for run in found.values()
+    ]
+
+
+@each_config
+def test_config_builds(name):
+    module = MODULES[name]
+    assert "Command: python scripts/" in module.__doc__
+    assert f"--config=configs/{name}.py" in module.__doc__
+    config, quick = module.get_config(), module.get_config("quick")
+    assert config.experiment == name
+    assert set(config) == set(quick) == set(MODULES["base"].get_config())
+    assert {k: type(v) for k, v in quick.items()} == {
+        k: type(v) for k, v in config.items()
+    }
+
+
+@each_config
+def test_sweep_parses(name):
+    module = MODULES[name]
+    runs = report.sweep_runs(module.get_config(), module)
+    for config, method in runs:
+        made = train.build_aggregator(config, method)
+        assert made.exchange.name == "identity" or method != "dense"
+        train.build_optimizer(config)
+    # Two runs with one name would overwrite each other's records.
+    assert len({results.file_name(*run) for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("lgreco_")])
+def test_sweep_is_in_order_of_seeds(name):
+    runs = report.sweep_runs(MODULES[name].get_config(), MODULES[name])
+    seeds = [config.seed for config, _ in runs]
+    assert seeds == sorted(seeds)
+    methods = [(c.aggregator, m) for c, m in runs]
+    assert methods == methods[:10] * len(set(seeds))
+    with pytest.raises(ValueError, match="quick"):
+        MODULES[name].get_config("quik")
+
+
+@pytest.fixture
+def fast_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("config, method", adaptive_runs())
+@pytest.mark.usefixtures("fast_compilation")
+@jax.numpy_dtype_promotion("standard")  # optax's schedules mix types
+def test_quick_variant_takes_a_step(config, method):
+    # Few lengths of the message buffer: most of the time is compilation.
+    config.aggregator = config.aggregator.removesuffix(")") + ", spacing=1.5)"
+    config.warmup_steps = 0
+    run = train.build(config, method)
+    before = jax.device_get(run.state.params)
+    state, metrics = run.step(run.state, run.place(run.batches(0)))
+    assert int(metrics.skipped) == 0 and np.isfinite(metrics.loss)
+    dense_bits = 32 * sum(x.size for x in jax.tree.leaves(before))
+    assert 0 < results.payload_bits(metrics.words) < dense_bits
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize(
+    "flag, told",
+    [
+        ("--config.lerning_rate=0.1", "learning_rate"),
+        ("--config.steps=ten", "--config.steps=ten"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(flag, told):
+    command = [sys.executable, "scripts/train.py", "--config=configs/quickstart.py"]
+    done = subprocess.run([*command, flag], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    lines = [x for x in done.stderr.split("\n") if told in x]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
