@@ -6,6 +6,7 @@ training on the same batches. 30 runs: three seeds, seed 0 complete first.
 
 Command: python scripts/sweep.py --config=configs/lgreco_cifar10.py
 One run: python scripts/train.py --config=configs/lgreco_cifar10.py
+Full size, for a GPU: the same with --config=configs/lgreco_cifar10.py:full
 Tables: python scripts/report.py
 Data: CIFAR-10, fetched where it is missing; see gcjax/data.py.
 Expected: L-GreCo sends fewer bits than uniform of the same family, with a test accuracy
@@ -30,9 +31,13 @@ FAMILIES = {
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """One run of L-GreCo on top-k; `arg` "quick" for seconds on small digits."""
-    if arg not in (None, "quick"):
-        raise ValueError(f"the argument of this config can be 'quick', got {arg!r}")
+    """One run of L-GreCo on top-k.
+
+    Args:
+      arg: None for the shortened experiment; "full" for ResNet-18 and 100 epochs, for a
+        GPU; "quick" for seconds on small digits.
+    """
+    check(arg)
     config = base.get_config()
     config.experiment = "lgreco_cifar10"
     config.task = "image_classification('cifar10', 'small_cnn')"
@@ -42,7 +47,20 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.steps = 500
     config.lr_warmup_steps = 20
     config.eval_every = 100
-    return quick(config) if arg else config
+    if arg == "full":
+        config.experiment += "_full"
+        config.task = "image_classification('cifar10', 'resnet18', augment=True)"
+        config.steps = 39_100  # 100 epochs of 391 steps
+        config.weight_decay = 5e-4
+        config.every = config.warmup_steps = config.lr_warmup_steps = 391
+        config.eval_every = config.checkpoint_every = 3_910
+    return quick(config) if arg == "quick" else config
+
+
+def check(arg: str | None) -> None:
+    """Refuses arguments that these configs do not know."""
+    if arg not in (None, "quick", "full"):
+        raise ValueError(f"the config's argument can be 'quick' or 'full', got {arg!r}")
 
 
 def quick(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

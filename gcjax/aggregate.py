@@ -197,8 +197,13 @@ def _build(options: Options) -> Aggregator:
 def _init(options: Options, params: Any) -> AggregatorState:
     if not jax.tree.leaves(params):
         raise ValueError("the parameter tree is empty; there is nothing to train")
-    layout, *_ = split(options, params)
     exchange, selector = options.exchange, options.selector
+    layout, *_ = split(options, params)
+    if not layout.num_layers and _wanted(options, params):
+        raise ValueError(
+            f"{exchange.name}: none of the tensors to be compressed admits a level of "
+            f"{list(exchange.levels)}; a rank must be below half of their sides or so"
+        )
     zeros = lambda used: jnp.zeros(layout.size, jnp.float32) if used else ()
     worker = WorkerState(
         error=zeros(any(exchange.feedback)),
@@ -214,6 +219,12 @@ def _init(options: Options, params: Any) -> AggregatorState:
         exchange=exchange.init(layout, jax.random.key(options.seed)),
         info=Info(levels, no_words(), jnp.bool(False), jnp.int32(0), jnp.int32(0)),
     )
+
+
+def _wanted(options: Options, params: Any) -> bool:
+    """Whether the rule wants any tensor compressed."""
+    everything = options.exchange._replace(accepts=lambda shape: True)
+    return split(options._replace(exchange=everything), params)[0].num_layers > 0
 
 
 # --- The step of every worker. --------------------------------------------------------

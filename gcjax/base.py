@@ -23,11 +23,11 @@ whose length (*capacity*) comes from a static ladder through `lax.switch`.
 *Compressor*: local and pure, `Compressor` below. It never communicates.
 
 *Exchange*: one way to obtain the mean of all workers' vectors at given levels,
-`Exchange` below. All of them, and all collectives, are in `aggregate.py`.
+`Exchange` below: `exchange.py`.
 
 *Aggregator*: the optax transformation around an exchange: local gradients in, their
-mean out. It owns error feedback, the dense buffer, the skipping of non-finite steps
-and the re-selection of levels.
+mean out. It owns error feedback, the dense buffer, the skipping of non-finite steps and
+the re-selection of levels. `aggregate.py`, where all collectives stand too.
 
 *Selector*: tables in, levels out, `Selector` below.
 
@@ -35,24 +35,32 @@ and the re-selection of levels.
 
 **The path of one gradient**, function by function:
 
-1. `aggregate.aggregator` -> `update`: the step of every worker. It splits the tree
-   with `Layout.flatten`, adds the error and calls, in this order:
-2. `aggregate.mean_dense`: the small tensors, and the flag of non-finite gradients.
-3. `aggregate.reselect`, every so often: `Compressor.errors` -> mean over workers ->
+1. `aggregate.update`, the step of every worker, calls all that follows.
+2. `aggregate.split` and `Layout.flatten`: tree -> layers in one flat vector, and small
+   tensors.
+3. `aggregate.mean_dense`: the mean of the small tensors, and whether all gradients are
+   finite.
+4. The error is added: this is what enters the compressor.
+5. `aggregate.reselect`, every so often: `Exchange.errors` -> mean over workers ->
    `Selector.update` -> levels.
-4. `Exchange.mean`, for most families `aggregate.compressed_mean` -> `mean`:
-   `Compressor.encode` (`sparsify.py`, `quantize.py`) -> `Compressor.pack` to a
-   capacity (`wire.py`) -> one collective (`aggregate.gather` or
-   `aggregate.all_reduce`) -> `Compressor.decode` to the mean. `power_sgd` has its own
-   exchange, with two collectives.
-5. `update` again: new error = what entered the compressor - what was sent; the mean
-   goes back into the tree and on to the optax optimizer.
+6. `aggregate.exchanged` -> `Exchange.mean`. For most families that is `mean` in
+   `exchange.compressed_mean`:
+   `Compressor.encode`, e.g. in `sparsify.top_k`: threshold (`_largest`), mask, x_hat;
+   `Compressor.pack`, e.g. `sparsify._pack_indexed` with `wire.positions`;
+   `exchange.switch` to a capacity, and in its branch one collective,
+   `aggregate.gather` or `aggregate.all_reduce`, and
+   `Compressor.decode`, e.g. `sparsify._decode_indexed`, to the mean.
+   `exchange.power_sgd` has a `mean` of its own, with two collectives.
+7. `update` again: new error = what entered the compressor - what was sent; the mean goes
+   back into the tree, and on to the optax optimizer.
 
-**Deviations from the design's sketch.** `encode` yields all layers' units at once from
-a flat vector, so that compile time does not grow with the number of layers. An
-`Aggregator` is a pair (init, update) like any optax transformation and carries, as an
-attribute, the function with which `adapt` rebuilds it around a selector: so one update
-function exists, and not one that wraps another.
+**Deviations from the first design.** `encode` yields all layers' units at once from a
+flat vector, so that compile time does not grow with the number of layers. Messages are
+packed before the switch, at the largest capacity, and cut within it: a branch then
+compiles in tens of milliseconds. Lengths beyond the uniform default's do not exist
+where the selector never needs them. An `Aggregator` carries, beside (init, update), the
+function with which `adapt` rebuilds it around a selector: one update function exists,
+and not one that wraps another.
 """
 
 from collections.abc import Callable

@@ -75,7 +75,7 @@ def compressed_mean(
             return compressor.decode(layout, messages, levels, shared), words
 
         needed = base.pick(compressor.words(layout), levels).sum()
-        total, words = _switch(needed, ladder, at_capacity, message, shared)
+        total, words = switch(needed, ladder, at_capacity, message, shared)
         return total, sent, state, words
 
     exchange = Exchange(
@@ -176,7 +176,7 @@ def power_sgd(
             total, words = all_reduce(buffer[:capacity], axis_name)
             return wire.fit(total, ladder[-1]), words
 
-        total, words = _switch(lengths.sum(), ladder, at_capacity, buffer)
+        total, words = switch(lengths.sum(), ladder, at_capacity, buffer)
         flat = wire.expand(total, sizes, lengths)
         parts = jnp.split(flat, np.cumsum(sizes)[:-1])
         means = [
@@ -218,7 +218,7 @@ def power_sgd(
     return aggregator(exchange, axis_name, **options)
 
 
-def _switch(needed: jax.Array, ladder: list[int], at_capacity: Callable, *args: Any):
+def switch(needed: jax.Array, ladder: list[int], at_capacity: Callable, *args: Any):
     """Calls `at_capacity` with the least capacity of a ladder that suffices.
 
     The index must be the same on all workers: a collective stands in the branch.

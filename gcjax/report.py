@@ -65,6 +65,9 @@ def bits_after_warmup(record: Record) -> float | None:
     return total_bits(record) - before or None
 
 
+_BITS = (total_bits, bits_after_warmup)
+
+
 def ratio_after_warmup(record: Record) -> float | None:
     """Compression ratio against dense float32 after the warm-up."""
     final, bits = record["final"], bits_after_warmup(record)
@@ -232,8 +235,7 @@ def summary(records: list[Record]) -> str:
         if r["status"] == "done":
             line += [human_bits(r["final"]["bits_per_step"])]
             line += [_times([r["final"][ratio]]) for ratio in _RATIOS]
-            line += [_times([gain(r, records, total_bits)])]
-            line += [_times([gain(r, records, bits_after_warmup)])]
+            line += [_times([gain(r, records, bits)]) for bits in _BITS]
         lines.append(line + ["-"] * (7 - len(line)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
@@ -350,8 +352,7 @@ def _results(found: list[Row], names: list, records: list[Record]) -> list[list[
         cells += [human_bits(payload), human_bits(sent)]
         cells += [_times([f[ratio] for f in final]) for ratio in _RATIOS]
         cells += [_times([ratio_after_warmup(r) for r in done])]
-        for bits in (total_bits, bits_after_warmup):
-            cells += [_times([gain(r, records, bits) for r in done])]
+        cells += [_times([gain(r, records, bits) for r in done]) for bits in _BITS]
         cells += [", ".join(sorted({str(f["steps"]) for f in final}))]
         body.append(cells)
     return [head, *body]
@@ -396,8 +397,7 @@ def _markdown(lines: list[list[str]]) -> str:
 
 def run_figure(records: list[Record], path: Path) -> None:
     """Draws runs of one seed: metric against bits, and an adaptive run's levels."""
-    size = (11, 3.8 + 0.2 * len(records))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(11, 3.8 + 0.2 * len(records)), layout="constrained")
     adaptive = [r for r in records if _varies(r)]
     axes = figure.subplots(1, 2 if adaptive else 1, squeeze=False)[0]
     _curves(axes[0], [[r] for r in records])
@@ -413,8 +413,10 @@ def figures(runs_dir: Path, out_dir: Path, configs_dir: Path = CONFIGS) -> list[
     for experiment, records in _experiments(runs_dir):
         found, _ = rows(records, configs_dir / f"{experiment}.py")
         found = [row for row in map(_done, found) if row]
-        families = list(dict.fromkeys(family(row[0]) for row in found))
-        families = [name for name in families if name] or [""]
+        if not found:
+            continue
+        families = [family(row[0]) for row in found if family(row[0])]
+        families = list(dict.fromkeys(families)) or [""]
         curves = Figure(figsize=(1 + 4 * len(families), 4.6), layout="constrained")
         shared = dict(sharex=True, sharey=True, squeeze=False)
         panels, adaptive = curves.subplots(1, len(families), **shared)[0], []
@@ -452,9 +454,7 @@ def _curves(ax: Axes, groups: list[Row]) -> None:
         style = {"color": "black" if dense else next(colours)}
         style |= {"ls": "--" if dense else "-", "marker": "xosD^vP"[i % 7], "ms": 4}
         name = row[0]["label" if several else "method"]
-        steps = row[0]["series"].get("eval_step", [])
-        # A run that stopped early has fewer points than the others.
-        runs = [r for r in _done(row) if r["series"]["eval_step"] == steps]
+        runs = _done(row)
         if not runs:
             ax.plot([], [], label=f"{name}: {row[0]['status']}", **style)
             continue
@@ -498,6 +498,5 @@ def _heat_map(ax: Axes, record: Record) -> None:
     ax.set_xlabel("step")
     ax.set_title(f"{record['label']}, seed {record['seed']}", fontsize="medium")
     bar = ax.figure.colorbar(mesh, ax=ax, label=_UNITS.get(family(record), "level"))
-    small = "small" if len(values) < 15 else "x-small"
-    bar.set_ticks(range(len(values)), labels=values, fontsize=small)
+    bar.set_ticks(range(len(values)), labels=values, fontsize=7)
     bar.minorticks_off()

@@ -396,6 +396,7 @@ def test_replicas_are_bit_identical_after_every_step(mesh):
         (lambda: gcjax.compressed_mean(gcjax.top_k(), momentum=1.0), "momentum"),
         (lambda: gcjax.compressed_mean(gcjax.top_k(), local_clip=0), "local_clip"),
         (lambda: gcjax.power_sgd(0), "rank"),
+        (lambda: gcjax.power_sgd(64).init(tree()), "none of the tensors"),
         (lambda: gcjax.power_sgd(2, error="x"), "error must be"),
         (lambda: gcjax.adapt(top(), gcjax.lgreco(0.3)), "not on the ladder"),
         (lambda: gcjax.adapt(top(), gcjax.lgreco(0.05), every=0), "every"),

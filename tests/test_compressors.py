@@ -424,10 +424,10 @@ def test_sign_sends_signs_and_mean_magnitudes(name, bucket):
                 )
 
 
-@pytest.mark.parametrize(("name", "clip"), [("", np.inf), (" clipped", 2.5)])
+@pytest.mark.parametrize(("name", "clip"), [("", 1e9), (" clipped", 2.5)])
 def test_terngrad_sends_three_values(name, clip):
     for (_, x, x_hat, _), case in zip(sent("terngrad" + name), INPUTS, strict=True):
-        if clip < np.inf and case in ("tiny", "huge"):
+        if clip == 2.5 and case in ("tiny", "huge"):
             continue  # the square of the deviation is no float32
         for layer, result in zip(x, x_hat, strict=True):
             deviation = np.sqrt(np.mean(layer**2))
@@ -436,7 +436,7 @@ def test_terngrad_sends_three_values(name, clip):
             assert set(ternary) <= {-1, 0, 1}
             assert (ternary * layer >= 0).all(), "a sign changed"
             np.testing.assert_allclose(result, ternary * s, rtol=1e-6)
-            assert (ternary != 0)[np.abs(layer) >= s * (1 + 1e-6)].all()
+            assert (ternary != 0)[np.abs(layer) > s * (1 + 1e-6)].all()
 
 
 def test_natural_rounds_to_a_neighbouring_power_of_two():

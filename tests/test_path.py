@@ -1,0 +1,46 @@
+"""The promise of base.py: one gradient's path is short enough to be read."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1] / "gcjax"
+PATH = {
+    "aggregate.py": """update split mean_dense reselect exchanged gather all_reduce
+        lengths default_levels _residual _snapshot _mean_table nearest_admitted
+        _refuse_summed""",
+    "exchange.py": "compressed_mean switch",
+    "compressors/sparsify.py": """top_k _largest _magnitudes _first_of_each_layer _keep
+        _counts _pack_indexed _decode_indexed""",
+    "wire.py": "positions select_bit keep_lowest pack_bits unpack_bits",
+    "base.py": "flatten unflatten pick",
+}
+
+
+def code_lines(file: Path, names: list[str]) -> int:
+    """Lines of the named functions that are neither docstring, comment nor blank."""
+    source = file.read_text()
+    lines, found, count = source.splitlines(), set(), 0
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef) or node.name not in names:
+            continue
+        found.add(node.name)
+        taken = set(range(node.lineno, node.end_lineno + 1))
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.FunctionDef) and ast.get_docstring(inner):
+                doc = inner.body[0]
+                taken -= set(range(doc.lineno, doc.end_lineno + 1))
+        text = [lines[i - 1].strip() for i in taken]
+        count += sum(bool(t) and not t.startswith("#") for t in text)
+    assert found == set(names), set(names) - found
+    return count
+
+
+def test_the_path_of_one_gradient_is_under_400_lines_of_code():
+    counts = {f: code_lines(ROOT / f, names.split()) for f, names in PATH.items()}
+    assert sum(counts.values()) < 400, counts
+
+
+def test_the_path_is_listed_in_base():
+    text = ast.get_docstring(ast.parse((ROOT / "base.py").read_text()))
+    for name in ("update", "split", "mean_dense", "reselect", "exchanged", "gather"):
+        assert f"aggregate.{name}" in text
