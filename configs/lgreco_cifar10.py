@@ -86,3 +86,8 @@ def sweep(add: Callable, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
                 f"lgreco(default={level}, error='squared')",
             ):
                 add(aggregator=aggregator, methods=(method,), seed=seed)
+    # Beyond the paper: without the error in the snapshot, do levels stop alternating?
+    for seed in seeds:
+        for aggregator, level in FAMILIES.values():
+            method = f"lgreco(default={level}, sample='gradient')"
+            add(aggregator=aggregator, methods=(method,), seed=seed)

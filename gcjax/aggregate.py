@@ -253,6 +253,7 @@ def update(
     x = jnp.where(ok, layout.flatten(layers), 0)
     if options.momentum is not None:
         x = new_velocity = options.momentum * velocity + x
+    fresh = x
     if any(exchange.feedback):
         x = x + error
 
@@ -261,7 +262,8 @@ def update(
     if options.adaptive and layout.num_layers:
         levels, selector_state, more, selected = reselect(options, layout, state)
         words += more
-        snapshot = _snapshot(options, state.step, snapshot, x)
+        sample = x if options.selector.corrected else fresh
+        snapshot = _snapshot(options, state.step, snapshot, sample)
 
     # 4. The mean over workers, and this worker's part in it.
     mean, sent, exchange_state, more = exchanged(options, layout, x, levels, state)
@@ -433,7 +435,7 @@ def _clip(tree: Any, limit: float, axis_name: str) -> Any:
 
 
 def _snapshot(options: Options, step, snapshot, x) -> jax.Array:
-    """Sums what enters the compressor over the last steps before a selection."""
+    """Sums the sample of the last steps before a selection."""
     phase = step % options.every
     start = max(0, options.every - options.selector.snapshot_steps)
     return lax.cond(

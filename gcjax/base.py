@@ -231,6 +231,7 @@ class Selector(NamedTuple):
     default: Any  # the value of the ladder used until the first selection
     levels: Any  # values of the ladder to choose from; None for all
     snapshot_steps: int  # steps summed into a snapshot; 0: it needs no table
+    corrected: bool  # snapshots hold gradient + error, not the gradient alone
     worker: int | None  # whose table decides; None: the mean of all workers' tables
     shrinks: bool  # its levels never need more words than the default
     init: Callable  # num_layers -> state
@@ -299,7 +300,7 @@ class WorkerState(NamedTuple):
 
     error: Any  # what was not sent yet
     velocity: Any  # local momentum, for momentum correction
-    snapshot: Any  # sum of what entered the compressor, for the error table
+    snapshot: Any  # sum of the steps before a selection, for the error table
 
 
 def pick(table: Any, levels: Any) -> Any:

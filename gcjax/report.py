@@ -35,8 +35,7 @@ _SHOWN = ("experiment", "seed", "methods", "aggregator", "data_dir", "resume")
 _SHOWN += ("log_every", "checkpoint_every")
 # Okabe and Ito's colours, which the colour-blind can tell apart; dense is black.
 _COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-_UNITS = {"top_k": "density", "random_k": "density", "qsgd": "bits per element"}
-_UNITS |= {"power_sgd": "rank"}
+_UNITS = dict(top_k="density", random_k="density", qsgd="bits", power_sgd="rank")
 _RATIOS = ("compression_ratio", "compression_ratio_bf16")
 
 
@@ -56,24 +55,24 @@ def total_bits(record: Record) -> float:
     return record["final"]["total_bits"]
 
 
-def bits_after_warmup(record: Record) -> float | None:
-    """Bits sent after the dense warm-up; None if the log has no line at its end."""
-    warmup, series = record["config"]["warmup_steps"], record["series"]
-    if warmup and warmup not in series["step"]:
-        return None
-    before = series["total_bits"][series["step"].index(warmup)] if warmup else 0
-    return total_bits(record) - before or None
+def after_warmup(record: Record) -> tuple[int, float]:
+    """Steps, and bits sent in them, from the log's first line after the warm-up."""
+    warmup, final = record["config"]["warmup_steps"], record["final"]
+    log = zip(record["series"]["step"], record["series"]["total_bits"], strict=True)
+    end = final["steps"], final["total_bits"]
+    after = (line for line in log if line[0] >= warmup)
+    step, bits = next(after, end) if warmup else (0, 0)
+    return end[0] - step, end[1] - bits
 
 
-_BITS = (total_bits, bits_after_warmup)
+_BITS = (total_bits, lambda record: after_warmup(record)[1])
 
 
 def ratio_after_warmup(record: Record) -> float | None:
     """Compression ratio against dense float32 after the warm-up."""
-    final, bits = record["final"], bits_after_warmup(record)
-    part = 1 - record["config"]["warmup_steps"] / final["steps"]
-    dense = final["compression_ratio"] * final["total_bits"]
-    return dense * part / bits if bits else None
+    final, (steps, bits) = record["final"], after_warmup(record)
+    dense = final["compression_ratio"] * final["bits_per_step"]
+    return dense * steps / bits if bits else None
 
 
 def partner(record: Record, records: Iterable[Record], kind: str) -> Record | None:
@@ -250,8 +249,8 @@ _EXPLAINED = """\
 Mean ± standard deviation over finished seeds. Payload: what a worker hands to
 collectives. Sent: what it then sends, (N - 1) S for an all-gather of S bits and
 2 (N - 1) / N S for an all-reduce; the dense warm-up is included unless the column says
-otherwise. Ratios are of bits sent. Gain: bits of uniform / bits of the method at the
-same seed. A method with * differs from the config, see above."""
+otherwise: then it counts from the log's first line after it. Ratios are of bits sent.
+Gain: uniform's bits / the method's, same seed. *: differs from the config (above)."""
 _EXPLAINED_PAIRS = """\
 Metric of the method less that of the other, same seed and batches. Fewer than three
 pairs are inconclusive; with more, the verdict tells on what all pairs agree."""
@@ -415,8 +414,7 @@ def figures(runs_dir: Path, out_dir: Path, configs_dir: Path = CONFIGS) -> list[
         found = [row for row in map(_done, found) if row]
         if not found:
             continue
-        families = [family(row[0]) for row in found if family(row[0])]
-        families = list(dict.fromkeys(families)) or [""]
+        families = [*dict.fromkeys(family(r[0]) for r in found if family(r[0]))] or [""]
         curves = Figure(figsize=(1 + 4 * len(families), 4.6), layout="constrained")
         shared = dict(sharex=True, sharey=True, squeeze=False)
         panels, adaptive = curves.subplots(1, len(families), **shared)[0], []

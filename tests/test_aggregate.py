@@ -404,6 +404,7 @@ def test_replicas_are_bit_identical_after_every_step(mesh):
         (lambda: gcjax.lgreco(0.01, error="x"), "error must be"),
         (lambda: gcjax.lgreco(0.01, solver="x"), "solver must be"),
         (lambda: gcjax.lgreco(0.01, alpha=0), "alpha"),
+        (lambda: gcjax.lgreco(0.01, sample="x"), "sample must be"),
         (lambda: gcjax.lgreco(0.01, snapshot_steps=0), "snapshot_steps"),
         (lambda: top().init({}), "parameter tree is empty"),
         (lambda: gcjax.compressed_mean(gcjax.top_k()).init(tree()), "12 levels"),

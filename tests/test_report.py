@@ -54,7 +54,27 @@ def record(method, seed, value=0.9, step_bits=100.0, *, metric="accuracy", **fie
         batch_size_per_worker=4,
     )
     config |= {k: fields.pop(k) for k in [*fields] if k in config}
-    steps = config["steps"]
+    made = {
+        "schema": results.SCHEMA,
+        "status": "done",
+        "method": method,
+        "label": method if method == "dense" else f"top_k {method}",
+        "seed": seed,
+        "config": config,
+        "git": {"commit": "abc", "dirty": False},
+        "versions": {"jax": "1.2"},
+        "device": "cpu",
+        "wall_seconds": 60.0,
+        "metric": metric,
+        "ladder": [0.001 * 2**i for i in range(8)],
+        "layers": ["conv/kernel", "dense/kernel"],
+        "layer_sizes": [4608, 10240],
+    }
+    return made | curves(config, metric, value, step_bits) | fields
+
+
+def curves(config, metric, value, step_bits):
+    steps, method = config["steps"], config["methods"][0]
     sent = lambda s: DENSE * min(s, WARMUP) + step_bits * max(0, s - WARMUP)
     default = [5, 5] if method != "dense" else [0, 0]
     series = {
@@ -75,25 +95,7 @@ def record(method, seed, value=0.9, step_bits=100.0, *, metric="accuracy", **fie
         "compression_ratio": DENSE * steps / sent(steps),
         "compression_ratio_bf16": DENSE * steps / sent(steps) / 2,
     }
-    made = {
-        "schema": results.SCHEMA,
-        "status": "done",
-        "method": method,
-        "label": method if method == "dense" else f"top_k {method}",
-        "seed": seed,
-        "config": config,
-        "git": {"commit": "abc", "dirty": False},
-        "versions": {"jax": "1.2"},
-        "device": "cpu",
-        "wall_seconds": 60.0,
-        "metric": metric,
-        "ladder": [0.001 * 2**i for i in range(8)],
-        "layers": ["conv/kernel", "dense/kernel"],
-        "layer_sizes": [4608, 10240],
-        "series": series,
-        "final": final,
-    }
-    return made | fields
+    return {"series": series, "final": final}
 
 
 def failed(method, seed):
@@ -135,13 +137,15 @@ def test_summary():
     assert lines[9].endswith("seed 3: failed; OSError: gone")
 
 
-def test_bits_after_warmup():
-    run = record(LGRECO, 0, step_bits=50.0)
-    assert report.bits_after_warmup(run) == 50 * 90
-    assert report.ratio_after_warmup(run) == pytest.approx(20)
-    run["config"]["warmup_steps"] = 15  # no line of the log at this step
-    assert report.bits_after_warmup(run) is None
-    assert report.ratio_after_warmup(run) is None
+@pytest.mark.parametrize("warmup, expected", [(0, 100), (10, 90), (15, 80), (300, 0)])
+def test_after_warmup(warmup, expected):
+    run = record(LGRECO, 0, step_bits=50.0, warmup_steps=warmup)
+    steps, bits = report.after_warmup(run)
+    assert (steps, bits) == (expected, 50 * expected + 9500 * (warmup == 0))
+    ratio = report.ratio_after_warmup(run)
+    if warmup in (10, 15):  # the log has lines at multiples of 10
+        assert ratio == pytest.approx(20)
+    assert (ratio is None) == (warmup == 300)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def uniform(default: Any) -> Selector:
         default=default,
         levels=None,
         snapshot_steps=0,
+        corrected=True,
         worker=None,
         shrinks=True,
         init=lambda num_layers: (),
@@ -38,14 +39,14 @@ def lgreco(
     error: str = "norm",
     solver: str = "lagrangian",
     snapshot_steps: int = 10,
+    sample: str = "corrected",
     worker: int | None = None,
 ) -> Selector:
     """L-GreCo: the fewest bits whose total error is no larger than uniform's.
 
     Minimises sum_l words[l, v_l] subject to sum_l e[l, v_l] <= alpha * sum_l
     e[l, default], where e is measured on a snapshot: the sum, over the last steps
-    before a selection, of what entered a worker's compressor (its local gradient,
-    error feedback included). What rounding up to a capacity leaves over goes to the
+    before a selection, of what entered a worker's compressor. What rounding up to a capacity leaves over goes to the
     layers that gain most from it.
 
     Args:
@@ -59,6 +60,11 @@ def lgreco(
         squares, as mean squared error and the theory of error feedback do.
       solver: "lagrangian" or "dp" (the paper's), see `gcjax.selectors.knapsack`.
       snapshot_steps: Steps in a snapshot.
+      sample: What a snapshot sums: "corrected", the gradient with the error of error
+        feedback, as the authors do; or "gradient", without. The error of a layer that
+        was squeezed has grown, and it counts in every step of the sum, so "corrected"
+        relaxes that layer at the next selection and squeezes another: with steep
+        ladders levels then alternate from selection to selection.
       worker: Whose snapshot decides; None for the mean of all workers' squared errors.
 
     Raises:
@@ -78,6 +84,10 @@ def lgreco(
         raise ValueError(f"lgreco: error must be 'norm' or 'squared', got {error!r}")
     if solver not in ("lagrangian", "dp"):
         raise ValueError(f"lgreco: solver must be 'lagrangian' or 'dp', got {solver!r}")
+    if sample not in ("corrected", "gradient"):
+        raise ValueError(
+            f"lgreco: sample must be 'corrected' or 'gradient', got {sample!r}"
+        )
     if not alpha > 0:
         raise ValueError(f"lgreco: alpha must be positive, got {alpha}")
     if snapshot_steps < 1:
@@ -105,6 +115,7 @@ def lgreco(
         default=default,
         levels=None if levels is None else tuple(levels),
         snapshot_steps=snapshot_steps,
+        corrected=sample == "corrected",
         worker=worker,
         shrinks=alpha >= 1,
         init=lambda num_layers: (),
