@@ -51,8 +51,8 @@ the re-selection of levels. `aggregate.py`, where all collectives stand too.
    `aggregate.gather` or `aggregate.all_reduce`, and
    `Compressor.decode`, e.g. `sparsify._decode_indexed`, to the mean.
    `exchange.power_sgd` has a `mean` of its own, with two collectives.
-7. `update` again: new error = what entered the compressor - what was sent; the mean goes
-   back into the tree, and on to the optax optimizer.
+7. `update` again: new error = what entered the compressor - what was sent; the mean
+   goes back into the tree, and on to the optax optimizer.
 
 **Deviations from the first design.** `encode` yields all layers' units at once from a
 flat vector, so that compile time does not grow with the number of layers. Messages are

@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gcjax import base, train  # noqa: E402
+from gcjax import base, command, train  # noqa: E402
 from gcjax.selectors import knapsack  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
@@ -82,10 +82,8 @@ def step_ms(config, task) -> tuple[float, int]:
     return median_ms(grad, params, model_state, batch, jax.random.key(0)), size
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints and writes the table."""
-    del argv
-    logging.set_verbosity(logging.WARNING)
     config, snapshot_steps = CONFIG.value, 10
     task = train.build_task(config)
     step, size = step_ms(config, task)
@@ -119,4 +117,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main)

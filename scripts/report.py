@@ -6,17 +6,15 @@ python scripts/report.py
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gcjax import report  # noqa: E402
+from gcjax import command, report  # noqa: E402
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Writes tables and figures for every experiment that has records."""
-    if len(argv) > 1:
-        raise app.UsageError(f"what does {argv[1]!r} mean? Flags start with --")
     runs, out = Path(flags.FLAGS.runs), Path(flags.FLAGS.out)
     for path in report.tables(runs, out) + report.figures(runs, out):
         print(path)
@@ -25,7 +23,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("runs", "results/runs", "Folder of records.")
     flags.DEFINE_string("out", "results", "Folder of tables/ and figures/.")
-    try:
-        app.run(main)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

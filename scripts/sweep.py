@@ -15,13 +15,13 @@ from pathlib import Path
 
 import jax
 import ml_collections
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 # Configs import each other as `configs.base`, wherever the command is given.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gcjax import report, results, train  # noqa: E402
+from gcjax import command, report, results, train  # noqa: E402
 
 Run = tuple[ml_collections.ConfigDict, str]  # a config and a method
 
@@ -124,19 +124,8 @@ def _seconds(path: Path) -> float | None:
     return results.read(path)["wall_seconds"] if is_recorded(path) else None
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Makes one line of what ml_collections raises for an unknown field."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except AttributeError as error:
-        sys.exit(f"error: no such field: {' '.join(str(error).split())}")
-
-
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Expands the config's sweep and does it."""
-    if len(argv) > 1:
-        raise app.UsageError(f"what does {argv[1]!r} mean? Flags start with --")
-    logging.set_verbosity(logging.WARNING)  # JAX tells of backends it looked for
     given, runs_dir = flags.FLAGS, Path(flags.FLAGS.runs)
     file = config_flags.get_config_filename(given["config"]).split(":")[0]
     runs = report.sweep_runs(given.config, report.load_config_file(Path(file)))
@@ -165,7 +154,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_runs", None, "Stop after this many runs.", lower_bound=1)
     flags.DEFINE_string("shard", "0/1", "i/n: do every n-th run, from the i-th on.")
     flags.mark_flag_as_required("config")
-    try:
-        app.run(main, flags_parser=_parse_flags)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

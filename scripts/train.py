@@ -6,13 +6,13 @@ python scripts/train.py --config=configs/quickstart.py --config.learning_rate=0.
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 # Configs import each other as `configs.base`, wherever the command is given.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gcjax import report, results, train  # noqa: E402
+from gcjax import command, report, results, train  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 WORKDIR = flags.DEFINE_string(
@@ -20,11 +20,8 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs all methods of the config, one after the other."""
-    if len(argv) > 1:
-        raise app.UsageError(f"what does {argv[1]!r} mean? Flags start with --")
-    logging.set_verbosity(logging.WARNING)  # JAX tells of backends it looked for
     config = CONFIG.value
     workdir = Path(WORKDIR.value or Path("workdir") / config.experiment)
     records = []
@@ -41,7 +38,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    try:
-        app.run(main)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from conftest import N, info, trainer, tree
-from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 

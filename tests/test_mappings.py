@@ -3,11 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import N, info, trainer, tree
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 import gcjax
 

@@ -46,8 +46,8 @@ def lgreco(
 
     Minimises sum_l words[l, v_l] subject to sum_l e[l, v_l] <= alpha * sum_l
     e[l, default], where e is measured on a snapshot: the sum, over the last steps
-    before a selection, of what entered a worker's compressor. What rounding up to a capacity leaves over goes to the
-    layers that gain most from it.
+    before a selection, of what entered a worker's compressor. What rounding up to a
+    capacity leaves over goes to the layers that gain most from it.
 
     Args:
       default: A value of the ladder, the uniform level that a user would have chosen.
