@@ -407,7 +407,11 @@ def run_figure(records: list[Record], path: Path) -> None:
 
 
 def figures(runs_dir: Path, out_dir: Path, configs_dir: Path = CONFIGS) -> list[Path]:
-    """Writes figures/<experiment>_metric.png and _levels.png; returns paths."""
+    """Writes figures/<experiment>_metric.png and _levels.png; returns paths.
+
+    Where all records are of one seed and one family, as in the quickstart, one figure
+    figures/<experiment>.png holds both.
+    """
     written = []
     for experiment, records in _experiments(runs_dir):
         found, _ = rows(records, configs_dir / f"{experiment}.py")
@@ -415,6 +419,10 @@ def figures(runs_dir: Path, out_dir: Path, configs_dir: Path = CONFIGS) -> list[
         if not found:
             continue
         families = [*dict.fromkeys(family(r[0]) for r in found if family(r[0]))] or [""]
+        if len(families) == 1 and len({r["seed"] for r in records}) == 1:
+            written.append(out_dir / "figures" / f"{experiment}.png")
+            run_figure([r for row in found for r in row], written[-1])
+            continue
         curves = Figure(figsize=(1 + 4 * len(families), 4.6), layout="constrained")
         shared = dict(sharex=True, sharey=True, squeeze=False)
         panels, adaptive = curves.subplots(1, len(families), **shared)[0], []

@@ -56,17 +56,6 @@ def test_sweep_parses(name):
     assert len({results.file_name(*run) for run in runs}) == len(runs)
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("lgreco_")])
-def test_sweep_is_in_order_of_seeds(name):
-    runs = report.sweep_runs(MODULES[name].get_config(), MODULES[name])
-    seeds = [config.seed for config, _ in runs]
-    assert seeds == sorted(seeds)
-    methods = [(c.aggregator, m) for c, m in runs]
-    assert methods == methods[:10] * len(set(seeds))
-    with pytest.raises(ValueError, match="quick"):
-        MODULES[name].get_config("quik")
-
-
 @pytest.fixture
 def fast_compilation():
     jax.config.update("jax_disable_most_optimizations", True)

@@ -63,46 +63,39 @@ def contraction(omega: float) -> float:
     return c / (1 - c)
 
 
-class Bounded(NamedTuple):
-    make: Callable
-    normal: list  # bound of ||error|| / ||gradient|| for each level, normal gradients
-    heavy: list  # the same for heavy-tailed ones
-
-
-BOUNDED = {}
+@functools.cache
+def gradients() -> jax.Array:
+    """Normal and heavy-tailed gradients, [STEPS, 2, N, *SHAPE]."""
+    rng, shape = np.random.default_rng(0), (STEPS, N, *SHAPE)
+    both = rng.normal(size=shape), rng.standard_t(3, shape)
+    return jnp.asarray(np.stack(both, axis=1), jnp.float32)
 
 
 @functools.cache
 def norms(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """||error|| and ||gradient||, [2 (normal, heavy-tailed), STEPS, N, L]."""
+    """||error|| [STEPS, N, 2, V] and ||gradient|| [STEPS, N, 2, 1].
+
+    One layer for each level and kind of gradient, all in one run.
+    """
     aggregator = MAKE[name]()
-    count = len(aggregator.exchange.levels)
-    if count > 1:
-        aggregator = gcjax.adapt(
-            aggregator,
-            scheduled(aggregator.exchange.levels[-1], each_layer_its_own(count)),
-            every=1,
-        )
-    params = {str(i): jnp.zeros(SHAPE) for i in range(count)}
+    values = aggregator.exchange.levels
+    if len(values) > 1:
+        # Levels from the state, which no selection changes.
+        never = scheduled(values[-1], lambda selection, count: jnp.zeros(count, jnp.int32))
+        aggregator = gcjax.adapt(aggregator, never, every=10**6)
+    params = [jnp.zeros(SHAPE)] * (2 * len(values))
     run = trainer(aggregator, params)
-    row = aggregator.exchange.row
+    levels = jnp.tile(jnp.arange(len(values), dtype=jnp.int32), 2)
 
-    def step(draw, state, key):
-        g = draw(key, (count, N, *SHAPE))
-        _, state = run.update(state, {str(i): g[i] for i in range(count)})
-        error = state.worker.value.error.reshape(N, count, -1)
-        assert error.shape[-1] == -(-SIZE // row) * row
-        norm = lambda x, axes: jnp.sqrt(jnp.sum(x**2, axis=axes))
-        return state, (norm(error, 2), norm(g, (2, 3)).T)
+    def step(state, g):
+        _, state = run.update(state, [g[i // len(values)] for i in range(len(params))])
+        error = state.worker.value.error.reshape(N, 2, len(values), -1)
+        return state, jnp.sqrt(jnp.sum(error**2, axis=-1))
 
-    def steps(draw):
-        keys = jax.random.split(jax.random.key(7), STEPS)
-        return lax.scan(functools.partial(step, draw), run.init(params), keys)[1]
-
-    normal = jax.random.normal
-    heavy = lambda key, shape: jax.random.t(key, np.float32(3), shape)
-    both = jax.jit(lambda: (steps(normal), steps(heavy)))()
-    return tuple(np.stack(pair) for pair in zip(*both, strict=True))
+    scan = jax.jit(lambda state, g: lax.scan(step, state, g)[1])
+    errors = scan(run.init(params)._replace(levels=levels), gradients())
+    sizes = jnp.sqrt(jnp.sum(gradients() ** 2, axis=(-1, -2)))
+    return np.asarray(errors), np.swapaxes(sizes, 1, 2)[..., None]
 
 
 MAKE = {

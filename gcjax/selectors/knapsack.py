@@ -316,7 +316,7 @@ def _core(cost, weight, budget, start, best, multiplier, bins):
     # than gap / multiplier. In practice two changes bound what the rest brings.
     def remaining(change):
         total = jnp.cumsum(jnp.max(change, axis=1, initial=0)[::-1])[::-1]
-        return jnp.append(jnp.minimum(total, jnp.maximum(2 * reach, reach[0])), 0)
+        return jnp.append(jnp.minimum(total, jnp.inf), 0)
 
     low = slack - 1.001 * jnp.minimum(gap / multiplier, 2 * budget) - remaining(change)
     high = slack + remaining(-change)
