@@ -308,18 +308,15 @@ def _core(cost, weight, budget, start, best, multiplier, bins):
     slack = _slack(weight, budget, start)
     gap = jnp.sum(_take(cost, best) - _take(cost, start)) + multiplier * slack
     reduced, change, level = _open_changes(cost, weight, start, multiplier, gap)
-    reach = jnp.max(jnp.abs(change), axis=1)
-    order = jnp.argsort(-reach)
-    reduced, change, reach = reduced[order], change[order], reach[order]
+    order = jnp.argsort(-jnp.max(jnp.abs(change), axis=1))
+    reduced, change = reduced[order], change[order]
 
-    # Useful before layer l: what the rest can bring below the slack, but by no more
-    # than gap / multiplier. In practice two changes bound what the rest brings.
-    def remaining(change):
-        total = jnp.cumsum(jnp.max(change, axis=1, initial=0)[::-1])[::-1]
-        return jnp.append(jnp.minimum(total, jnp.inf), 0)
-
-    low = slack - 1.001 * jnp.minimum(gap / multiplier, 2 * budget) - remaining(change)
-    high = slack + remaining(-change)
+    # Before layer l those states are useful which the layers from l on can bring below
+    # the slack, but not more than gap / multiplier below.
+    up, down = (jnp.max(x, axis=1, initial=0) for x in (change, -change))
+    up, down = (jnp.append(jnp.cumsum(x[::-1])[::-1], 0) for x in (up, down))
+    low = slack - 1.001 * jnp.minimum(gap / multiplier, 2 * budget) - up
+    high = slack + down
     low, high = low.at[0].min(0), high.at[0].max(0)
     width = jnp.maximum((high - low) / (bins - 2), jnp.finfo(low.dtype).tiny)
     low = low - width / 2
