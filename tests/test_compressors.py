@@ -431,7 +431,8 @@ def test_terngrad_sends_three_values(name, clip):
             assert set(ternary) <= {-1, 0, 1}
             assert (ternary * layer >= 0).all(), "a sign changed"
             np.testing.assert_allclose(result, ternary * s, rtol=1e-6)
-            assert (ternary != 0)[np.abs(layer) > s * (1 + 1e-6)].all()
+            # The largest are sent for sure; float32 rounds s by less than 1e-7.
+            assert (ternary != 0)[(np.abs(layer) >= s * (1 - 1e-7)) & (s > 0)].all()
 
 
 def test_natural_rounds_to_a_neighbouring_power_of_two():
