@@ -27,7 +27,8 @@ _METHODS = ("dp", "lagrangian", "exact")
 # Relative excess that still counts as within the budget: a caller's float32 sum may
 # be off by as much, and the default it was taken from must stay admissible.
 _TOLERANCE = 8e-7
-_CORE_CHANGES = 320  # changes open to the core over all layers, at least 8 a layer
+_CORE_BINS = 256
+_CORE_CHANGES = 640  # that the core considers over all layers, at least 8 per layer
 
 
 def minimise_size(
@@ -229,10 +230,10 @@ def _lagrangian(cost, weight, budget):
     cost, weight, budget = _above_lightest(cost, weight, budget)
     start, multiplier = _bisect(cost, weight, budget)
     # A second pass has less of a gap to close, thus finer bins: few layers need it.
-    bins, passes = (512, 2) if cost.shape[0] < 16 else (256, 1)
+    passes = 2 if cost.shape[0] < 16 else 1
 
     def improve(_, x):
-        found = _core(cost, weight, budget, start, x, multiplier, bins)
+        found = _core(cost, weight, budget, start, x, multiplier)
         found = _fill(cost, weight, budget, found)
         gain = jnp.sum(_take(cost, x) - _take(cost, found))
         within = _slack(weight, budget, found) >= -_TOLERANCE / 2 * budget
@@ -295,7 +296,7 @@ def _fill(cost, weight, budget, x):
     return lax.while_loop(going, change, (x, jnp.bool_(True), 0))[0]
 
 
-def _core(cost, weight, budget, start, best, multiplier, bins):
+def _core(cost, weight, budget, start, best, multiplier):
     """Dynamic programme over the changes of `start` that could still beat `best`.
 
     A change of one layer has a reduced cost, its cost + multiplier * weight, >= 0;
@@ -314,15 +315,15 @@ def _core(cost, weight, budget, start, best, multiplier, bins):
     # Before layer l those states are useful which the layers from l on can bring below
     # the slack, but not more than gap / multiplier below.
     up, down = (jnp.max(x, axis=1, initial=0) for x in (change, -change))
-    up, down = (jnp.append(jnp.cumsum(x[::-1])[::-1], 0) for x in (up, down))
+    up, down = (jnp.append(lax.cumsum(x, reverse=True), 0) for x in (up, down))
     low = slack - 1.001 * jnp.minimum(gap / multiplier, 2 * budget) - up
     high = slack + down
     low, high = low.at[0].min(0), high.at[0].max(0)
-    width = jnp.maximum((high - low) / (bins - 2), jnp.finfo(low.dtype).tiny)
+    width = jnp.maximum((high - low) / (_CORE_BINS - 2), jnp.finfo(low.dtype).tiny)
     low = low - width / 2
     grids = low[:-1], width[:-1], low[1:], width[1:]
 
-    first = jnp.floor(-low[0] / width[0]) == jnp.arange(bins, dtype=low.dtype)
+    first = jnp.floor(-low[0] / width[0]) == jnp.arange(_CORE_BINS, dtype=low.dtype)
     total = jnp.where(first, 0, jnp.inf).astype(cost.dtype)
     state = total, jnp.zeros_like(total)
     (total, moved), path = lax.scan(_add_layer, state, (reduced, change, *grids))
@@ -349,20 +350,22 @@ def _add_layer(state, row):
     """One layer of the core: from bins (low, width) to bins (new_low, new_width)."""
     total, moved = state
     reduced, change, low, width, new_low, new_width = row
-    bins = jnp.arange(total.size, dtype=total.dtype)  # few, hence exact
+    cells = jnp.arange(_CORE_BINS)
+    bins = cells.astype(total.dtype)
     # New bins are no wider, so that each draws on at most two old ones per change.
     source = (new_low + bins * new_width - change[:, None] - low) / width
-    source = jnp.clip(jnp.floor(source), -1, bins.size).astype(jnp.int32)
-    source = jnp.concatenate([source, source + 1])
-    reduced, change = jnp.tile(reduced, 2), jnp.tile(change, 2)
-    inside = (source >= 0) & (source < bins.size)
-    source = jnp.clip(source, 0, bins.size - 1)
-    reached = moved[source] + change[:, None]
-    inside &= jnp.floor((reached - new_low) / new_width) == bins
-    options = jnp.where(inside, total[source] + reduced[:, None], jnp.inf)
-    pick = jnp.argmin(options, axis=0)
-    state = _take(options.T, pick), _take(reached.T, pick)
-    return state, (pick % (change.size // 2), _take(source.T, pick))
+    source = jnp.clip(jnp.floor(source), -1, _CORE_BINS).astype(jnp.int32)
+    source = jnp.clip(jnp.concatenate([source, source + 1]), 0, _CORE_BINS - 1)
+    # Gathers and argmins dominate the time: `take` and the two minima are the faster.
+    reached = jnp.take(moved, source, mode="clip") + jnp.tile(change, 2)[:, None]
+    options = jnp.take(total, source, mode="clip") + jnp.tile(reduced, 2)[:, None]
+    inside = jnp.floor((reached - new_low) / new_width) == bins
+    options = jnp.where(inside, options, jnp.inf)
+    total = jnp.min(options, axis=0)
+    rows = jnp.arange(len(options))[:, None]
+    pick = jnp.min(jnp.where(options == total, rows, len(options) - 1), axis=0)
+    path = pick % change.size, source[pick, cells]
+    return (total, reached[pick, cells]), path
 
 
 def _dp(cost, weight, budget, bins):
