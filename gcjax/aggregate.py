@@ -110,7 +110,8 @@ def aggregator(
         `matrices_above(1024)`.
       momentum: Momentum correction: momentum is accumulated locally, before the
         compressor (Lin et al., 2017, Deep Gradient Compression, arXiv:1712.01887,
-        eq. 5-7); then use an optimizer without momentum.
+        eq. 5-7); then use an optimizer without momentum. Tensors that travel
+        uncompressed get none of it.
       momentum_masking: Clear the local momentum of entries that were sent (eq. 8).
         With a compressor that sends every entry this clears all of it.
       local_clip: Clip each worker's gradient to the global norm `local_clip` /
@@ -428,7 +429,7 @@ def lengths(options: Options, layout: Layout) -> list[list[int]]:
 
 
 def _clip(tree: Any, limit: float, axis_name: str) -> Any:
-    norm = optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+    norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
     limit = limit / np.sqrt(lax.axis_size(axis_name))
     scale = jnp.minimum(1.0, limit / jnp.maximum(norm, np.float32(1e-30)))
     return jax.tree.map(lambda x: (x * scale).astype(x.dtype), tree)

@@ -117,8 +117,9 @@ def power_sgd(
       error: What a worker keeps. "local": M - P (M^T P)^T, its own gradient less its
         own contribution, as the paper's Algorithm 2 memorises it. "aggregate": M -
         P Q^T, as the paper's code, L-GreCo and PyTorch do; the mean over workers is
-        the same, but each worker's error then also collects what it differs by from
-        the mean, without bound.
+        the same, but each worker's error then also collects all that it differs by
+        from the mean, without bound; "local" collects only what lies outside the
+        subspace that all workers share, which grows where workers differ constantly.
       spacing: See `compressed_mean`.
       **options: See `aggregator`.
 
@@ -189,7 +190,7 @@ def power_sgd(
         rank = jnp.array(ranks, jnp.int32)[levels]
         layers = low_rank.matrices(layout, x)
         each = lambda fn, *lists: [fn(*args) for args in zip(*lists, strict=True)]
-        q = each(low_rank.first_columns, state, rank)
+        q = each(low_rank.unit_scale, each(low_rank.first_columns, state, rank))
         p, words = mean_factors(each(low_rank.product, layers, q), rank, capacities[0])
         p = each(low_rank.orthogonalize, p, rank)
         own = each(lambda m, p: low_rank.product(m.T, p), layers, p)

@@ -115,7 +115,8 @@ def test_declared_bits_of_every_capacity_are_in_the_compiled_program(mesh):
 
 @pytest.mark.parametrize("where", ["vmap", "shard_map"])
 def test_one_compilation_over_twenty_selections_with_bytes_that_follow(where, mesh):
-    run = trainer(adaptive_top_k(), tree(), mesh if where == "shard_map" else None)
+    made = adaptive_top_k((0.001, 0.002, 0.005, 0.01, 0.02, 0.05))
+    run = trainer(made, tree(), mesh if where == "shard_map" else None)
     state, sent, levels = run.init(tree()), set(), set()
     batch = grads()  # made before the count starts
     events = []
@@ -124,11 +125,12 @@ def test_one_compilation_over_twenty_selections_with_bytes_that_follow(where, me
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for step in range(44):
-            # Gradients that grow sparser, in one layer after the other.
+            # Gradients whose sparsity and size change, in one layer after the other.
             name = "ac"[step % 4 // 2]
-            power = jnp.float32(1 + step / 8)
+            power, size = 1 + step * 3 % 5, 3.0 ** (step * 5 % 7 - 3)
             kernel = grads()[name]["kernel"]
-            batch[name]["kernel"] = jnp.sign(kernel) * jnp.abs(kernel) ** power
+            kernel = jnp.sign(kernel) * jnp.abs(kernel) ** jnp.float32(power)
+            batch[name]["kernel"] = kernel * jnp.float32(size)
             events.clear()
             _, state = run.update(state, batch)
             compiled = [e for e in events if "backend_compile" in e]

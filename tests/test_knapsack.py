@@ -1,8 +1,13 @@
-"""Laws of the knapsack: budgets, fall-backs, invariances, and gaps to the optimum."""
+"""Laws of the knapsack: budgets, fall-backs, invariances, and gaps to the optimum.
+
+Compiling takes nearly all of the time, so most tests share tables of five layers and
+six levels, alone or in batches of 24.
+"""
 
 import functools
 import itertools
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +51,7 @@ def budgets_of(rng, cost, weight):
     return np.float32(1.000001 * (least + rng.uniform(0.1, 0.7) * (most - least)))
 
 
-def instances(layers, levels, count, seed=0):
+def instances(layers=5, levels=6, count=4, seed=0):
     """`count` of each kind and direction: costs, weights [n, L, V], budgets [n]."""
     rng = np.random.default_rng([seed, layers, levels])
     found = []
@@ -58,93 +63,103 @@ def instances(layers, levels, count, seed=0):
     return tuple(map(np.stack, zip(*found, strict=True)))
 
 
+def instance():
+    return tuple(x[0] for x in instances())
+
+
 def total(table, x):
     """Totals in float64 of tables [..., L, V] at levels [..., L]."""
-    picked = np.take_along_axis(np.asarray(table), np.asarray(x)[..., None], -1)
-    return picked[..., 0].astype(np.float64).sum(-1)
+    x = np.asarray(x)[..., None]
+    table = np.broadcast_to(np.float64(table), (*x.shape[:-1], table.shape[-1]))
+    return np.take_along_axis(table, x, -1).sum((-2, -1))
 
 
 @functools.cache
-def batched(function, method="lagrangian", bins=10_000):
-    return jax.jit(jax.vmap(functools.partial(function, method=method, bins=bins)))
+def batched(method="lagrangian", bins=10_000):
+    return jax.jit(jax.vmap(partial(minimise_size, method=method, bins=bins)))
 
 
-def gaps(layers, levels, count):
-    """Relative gaps of "lagrangian" to "exact"; the budget is checked on the way."""
-    cost, weight, budget = instances(layers, levels, count)
-    x = batched(minimise_size)(weight, cost, budget)
-    assert np.all(total(weight, x) <= budget * (1 + 1e-6))
+def exactly(cost, weight, budget):
     rows = zip(weight, cost, budget, strict=True)
-    best = np.stack([minimise_size(*row, method="exact") for row in rows])
+    return np.stack([minimise_size(*row, method="exact") for row in rows])
+
+
+def padded(table, layers, levels, value):
+    """Adds layers of zeros, and levels of `value`."""
+    rows, columns = table.shape
+    table = np.pad(table, ((0, 0), (0, levels - columns)), constant_values=value)
+    return np.pad(table, ((0, layers - rows), (0, 0)))
+
+
+def gaps(shapes, *pad):
+    """Relative gaps of "lagrangian" to "exact" on tables padded to one shape."""
+    rows = [row for s in shapes for row in zip(*instances(*s, 1), strict=True)]
+    batch = [(padded(c, *pad, 1e5), padded(w, *pad, 1e5), b) for c, w, b in rows]
+    cost, weight, budget = map(np.stack, zip(*batch, strict=True))
+    x, best = batched()(weight, cost, budget), exactly(cost, weight, budget)
+    assert np.all(total(weight, x) <= budget * (1 + 1e-6))
     assert np.all(total(weight, best) <= budget * (1 + 1e-6))
-    return total(cost, x) / total(cost, best) - 1
+    gap = total(cost, x) / total(cost, best) - 1
+    assert np.min(gap) > -1e-5
+    return gap
 
 
-@pytest.mark.parametrize(
-    "layers, levels", [(1, 7), (2, 100), (3, 5), (4, 40), (7, 20), (8, 2), (9, 100)]
-)
-def test_few_layers_are_within_two_thousandths_of_the_optimum(layers, levels):
-    gap = gaps(layers, levels, 8)
-    assert np.mean(gap) < 2e-3 and np.max(gap) < 1e-2 and np.min(gap) > -1e-5
+def test_few_layers_are_within_two_thousandths_of_the_optimum():
+    shapes = [(1, 9), (2, 100), (3, 5), (4, 40), (5, 12), (6, 3), (7, 20), (8, 2)]
+    gap = gaps([*shapes, (9, 8), (9, 100), (9, 30), (8, 60)], 9, 100)
+    assert np.mean(gap) < 2e-3 and np.max(gap) < 1e-2
 
 
-@pytest.mark.parametrize(
-    "layers, levels, count", [(10, 10, 8), (21, 7, 8), (50, 20, 6), (200, 100, 1)]
-)
-def test_many_layers_are_within_a_thousandth_of_the_optimum(layers, levels, count):
-    gap = gaps(layers, levels, count)
+def test_many_layers_are_within_a_thousandth_of_the_optimum():
+    gap = gaps([(10, 10), (12, 4), (21, 7), (30, 20), (40, 3), (50, 20)], 50, 20)
+    assert np.mean(gap) < 1e-3
+
+
+def test_very_many_layers_are_within_a_thousandth_of_the_optimum():
+    cost, weight, budget = (x[2:4] for x in instances(200, 100, 1))
+    x = jax.lax.map(lambda row: minimise_size(*row), (weight, cost, budget))
+    assert np.all(total(weight, x) <= budget * (1 + 1e-6))
+    gap = total(cost, x) / total(cost, exactly(cost, weight, budget)) - 1
     assert np.mean(gap) < 1e-3 and np.min(gap) > -1e-5
 
 
 def brute_force(cost, weight, budget):
-    """Least cost and, at this cost, least weight, [n]; inf where nothing fits."""
-    layers, levels = cost.shape[1:]
+    """Least cost and, at this cost, least weight; inf where nothing fits."""
+    layers, levels = cost.shape
     every = np.array(list(itertools.product(range(levels), repeat=layers)))
-    costs, weights = (t[:, np.arange(layers), every].sum(-1) for t in (cost, weight))
-    costs = np.where(weights <= budget[:, None], costs, np.inf)
-    best = costs.min(1)
-    return best, np.where(costs == best[:, None], weights, np.inf).min(1)
-
-
-def whole_numbers(count=300, layers=3, levels=4, high=20):
-    """Tables of few whole numbers, full of ties and of exactly met budgets."""
-    rng = np.random.default_rng(3)
-    cost, weight = rng.integers(1, high, (2, count, layers, levels)).astype(np.float32)
-    budget = rng.integers(layers, layers * high // 2, count).astype(np.float32)
-    return cost, weight, budget
+    costs, weights = total(cost, every), total(weight, every)
+    costs = np.where(weights <= budget, costs, np.inf)
+    return costs.min(), np.where(costs == costs.min(), weights, np.inf).min()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_small_whole_numbers_agree_with_brute_force(method):
-    cost, weight, budget = whole_numbers(60 if method == "exact" else 300)
+    rng = np.random.default_rng(3)  # many ties and exactly met budgets
+    cost, weight = rng.integers(1, 20, (2, 24, 5, 6)).astype(np.float32)
+    budget = rng.integers(5, 50, 24).astype(np.float32)
     budget += 0.5 if method == "dp" else 0  # the rounding up can then not matter
-    best, least = brute_force(cost, weight, budget)
-    if method == "exact":
-        rows = zip(weight, cost, budget, strict=True)
-        x = np.stack([minimise_size(*row, method=method) for row in rows])
-    else:
-        x = batched(minimise_size, method)(weight, cost, budget)
-    fits = np.isfinite(best)
-    assert 20 < fits.sum() < len(best)
-    np.testing.assert_array_equal(total(cost, x)[fits], best[fits])
-    np.testing.assert_array_equal(total(weight, x)[~fits], weight.min(2).sum(1)[~fits])
-    if method == "exact":
-        np.testing.assert_array_equal(total(weight, x)[fits], least[fits])
+    solve = exactly if method == "exact" else lambda c, w, b: batched(method)(w, c, b)
+    rows = zip(cost, weight, budget, solve(cost, weight, budget), strict=True)
+    fitting = 0
+    for c, w, b, x in rows:
+        best, least = brute_force(c, w, b)
+        fitting += np.isfinite(best)
+        assert total(c, x) == best or np.isinf(best)
+        assert total(w, x) == (w.min(1).sum() if np.isinf(best) else least) or (
+            method != "exact" and least < total(w, x) <= b
+        )
+    assert 12 < fitting < 24
 
 
 def test_dp_loses_at_most_one_bin_per_layer():
-    bins, layers = 1000, 5
-    cost, weight, budget = instances(layers, 6, 4)
-    x = batched(minimise_size, "dp", bins)(weight, cost, budget)
+    cost, weight, budget = instances()
+    x = batched("dp", 1000)(weight, cost, budget)
     assert np.all(total(weight, x) <= budget * (1 + 1e-6))
-    for row in zip(cost, weight, budget, x, strict=True):
-        c, w, b, levels = row
-        smaller = np.float64(b) * (1 - layers / bins)
-        bound = total(c, minimise_size(w, c, smaller, method="exact"))
-        best = total(c, minimise_size(w, c, b, method="exact"))
-        fits = w.min(1).sum(dtype=np.float64) <= smaller
-        assert best * (1 - 1e-5) <= total(c, levels)
-        assert not fits or total(c, levels) <= bound * (1 + 1e-5)
+    smaller = budget.astype(np.float64) * (1 - 5 / 1000)
+    best, bound = (total(cost, exactly(cost, weight, b)) for b in (budget, smaller))
+    fits = weight.min(2).sum(1, dtype=np.float64) <= smaller
+    assert np.all(best * (1 - 1e-5) <= total(cost, x))
+    assert np.all((total(cost, x) <= bound * (1 + 1e-5)) | ~fits)
 
 
 def released_dp(errors, sizes, budget, bins):
@@ -162,12 +177,11 @@ def released_dp(errors, sizes, budget, bins):
 
 
 def test_dp_is_the_released_one_with_a_bin_less():
-    bins = 400
-    cost, weight, budget = instances(5, 6, 4, seed=1)
-    smaller = np.float32(budget.astype(np.float64) * (1 - 1 / bins))
-    x = batched(minimise_size, "dp", bins - 1)(weight, cost, smaller)
+    cost, weight, budget = instances(seed=1)
+    smaller = np.float32(budget.astype(np.float64) * (1 - 1 / 1001))
+    x = batched("dp", 1000)(weight, cost, smaller)
     rows = zip(weight.astype(np.float64), cost, budget, strict=True)
-    theirs = np.array([released_dp(*row, bins) for row in rows])
+    theirs = np.array([released_dp(*row, 1001) for row in rows])
     found = np.isfinite(theirs)
     assert found.sum() > 12
     np.testing.assert_array_less(total(cost, x)[found], theirs[found] * (1 + 1e-5))
@@ -176,16 +190,10 @@ def test_dp_is_the_released_one_with_a_bin_less():
 
 
 numbers = st.integers(0, 2**16).map(lambda n: n / 2**10)
-tables = st.lists(numbers, min_size=20, max_size=20).map(
-    lambda x: np.reshape(np.float32(x), (4, 5))
+tables = st.lists(numbers, min_size=30, max_size=30).map(
+    lambda x: np.reshape(np.float32(x), (5, 6))
 )
-levels = st.lists(st.integers(0, 4), min_size=4, max_size=4).map(np.int32)
-
-
-@functools.cache
-def with_default(function, method):
-    solve = functools.partial(function, method=method)
-    return jax.jit(solve) if method in JITTED else solve
+levels = st.lists(st.integers(0, 5), min_size=5, max_size=5).map(np.int32)
 
 
 @pytest.mark.parametrize("function", BOTH)
@@ -198,35 +206,33 @@ def test_within_budget_and_never_worse_than_default(
     sizes = sizes + 0.25
     cost, weight = (errors, sizes) if function is minimise_error else (sizes, errors)
     budget = np.float32(ratio * total(weight, default))
-    x = with_default(function, method)(errors, sizes, budget, default)
-    assert x.shape == (4,) and x.dtype == jnp.int32
+    x = function(errors, sizes, budget, default, method)
+    assert x.shape == (5,) and x.dtype == jnp.int32
     if weight.min(1).sum(dtype=np.float64) > budget * (1 + 1e-6):
         assert total(weight, x) == total(weight, weight.argmin(1))
         return
     assert total(weight, x) <= budget * (1 + 1e-6)
-    columns = [*np.tile(np.arange(5)[:, None], 4), default]
+    columns = [*np.tile(np.arange(6)[:, None], 5), default]
     within = [c for c in columns if total(weight, c) <= budget]
     assert all(total(cost, x) <= total(cost, c) * (1 + 1e-7) for c in within)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_default_exactly_at_a_float32_budget_stays_admissible(method):
-    cost, weight, _ = instances(50, 20, 6 if method == "lagrangian" else 1)
-    for c, w in zip(cost, weight, strict=True):
+def test_default_exactly_at_a_float32_budget_stays_admissible():
+    for c, w, _ in zip(*instances(200, 3), strict=True):
         default = c.argmin(1)  # nothing is better, but it just fits the budget
-        budget = functools.reduce(np.add, w[np.arange(50), default])  # rounds 49 times
-        x = minimise_size(w, c, budget, default, method)
+        budget = functools.reduce(np.add, w[np.arange(200), default])  # 199 roundings
+        x = minimise_size(w, c, budget, default, "exact")
         assert total(c, x) == total(c, default)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_default_of_least_size_or_over_budget(method):
-    cost, weight, budget = (x[3] for x in instances(4, 5, 1))
+    cost, weight, budget = instance()
     uniform = np.argmin(cost.sum(0))
     cost[:, uniform] = cost.min(1)  # now no other level is smaller anywhere
-    at_uniform = total(weight, np.full(4, uniform)) * (1 + 1e-6)
+    at_uniform = total(weight, np.full(5, uniform)) * (1 + 1e-6)
     x = minimise_size(weight, cost, at_uniform, int(uniform), method)
-    assert total(cost, x) == total(cost, np.full(4, uniform))
+    assert total(cost, x) == total(cost, np.full(5, uniform))
     x = minimise_size(weight, cost, budget, weight.argmax(1), method)
     assert total(weight, x) <= budget * (1 + 1e-6) < total(weight, weight.argmax(1))
 
@@ -234,7 +240,7 @@ def test_default_of_least_size_or_over_budget(method):
 @pytest.mark.parametrize("function", BOTH)
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_and_infinity_give_minus_one(function, method):
-    cost, weight, budget = (x[0] for x in instances(4, 5, 1))
+    cost, weight, budget = instance()
     for bad in (np.nan, np.inf, -np.inf):
         broken = weight.copy()
         broken[2, 3] = bad
@@ -244,14 +250,14 @@ def test_nan_and_infinity_give_minus_one(function, method):
             (weight, cost, np.float32(bad)),
         ):
             x = function(*arguments, default=1, method=method)
-            np.testing.assert_array_equal(x, np.full(4, -1, np.int32))
+            np.testing.assert_array_equal(x, np.full(5, -1, np.int32))
     too_large = np.float64(weight) * 1e60
     assert np.all(function(too_large, cost, 1.0, method=method) == -1)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_infeasible_budget_gives_the_lightest_levels(method):
-    cost, weight, _ = (x[0] for x in instances(4, 5, 1))
+    cost, weight, _ = instance()
     weight[1, 2] = weight[1, 4] = weight[1].min()
     cost[1, 4] = cost[1].min() / 2  # of equally light levels the cheaper one
     expected = weight.argmin(1)
@@ -269,42 +275,40 @@ def test_infeasible_budget_gives_the_lightest_levels(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ties_go_to_the_lower_error(method):
-    sizes = np.array([[5, 5, 5, 9], [7, 7, 7, 9]])
-    errors = np.array([[3.0, 2.0, 4.0, 0.0], [1.0, 3.0, 2.0, 0.0]])
+    sizes = np.tile([5, 5, 5, 9, 5, 9], (5, 1))
+    errors = np.tile([3.0, 2.0, 4.0, 0.0, 3.0, 1.0], (5, 1))
     for default in (None, 2):
-        x = minimise_size(errors, sizes, 8.0, default, method)
-        np.testing.assert_array_equal(x, [1, 0])
-        x = minimise_error(sizes, errors, 8.0, default, method)
-        np.testing.assert_array_equal(x, [1, 0])
+        x = minimise_size(errors, sizes, 20.5, default, method)
+        np.testing.assert_array_equal(x, np.full(5, 1))
+        x = minimise_error(sizes, errors, 20.5, default, method)
+        np.testing.assert_array_equal(x, np.full(5, 1))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_one_column_and_one_layer(method):
+def test_one_column_and_one_layer():
     rng = np.random.default_rng(4)
     errors, sizes = rng.random((2, 6, 1))
     for budget in (10.0, 0.1):
-        x = minimise_size(errors, sizes, budget, method=method)
-        np.testing.assert_array_equal(x, np.zeros(6))
-    for _ in range(20):
+        np.testing.assert_array_equal(minimise_size(errors, sizes, budget), np.zeros(6))
+    for method in METHODS * 8:
         errors, sizes = rng.random((2, 1, 9))
         budget = np.median(errors) * 1.00001
         best = np.where(errors <= budget, sizes, np.inf).argmin()
         assert minimise_size(errors, sizes, budget, method=method)[0] == best
 
 
-def test_zero_tables_and_zero_budget():
-    zeros, sizes = np.zeros((4, 5)), np.arange(20.0).reshape(4, 5) + 1
-    for method in METHODS:
-        x = minimise_size(zeros, sizes, 0.0, method=method)
-        np.testing.assert_array_equal(x, np.zeros(4))
-        x = minimise_error(zeros, sizes, 1000.0, method=method)
-        np.testing.assert_array_equal(x, np.zeros(4))  # among equal errors the smallest
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_tables_and_zero_budget(method):
+    zeros, sizes = np.zeros((5, 6)), np.arange(30.0).reshape(5, 6) + 1
+    x = minimise_size(zeros, sizes, 0.0, method=method)
+    np.testing.assert_array_equal(x, np.zeros(5))
+    x = minimise_error(zeros, sizes, 1000.0, method=method)
+    np.testing.assert_array_equal(x, np.zeros(5))  # among equal errors the smallest
 
 
 @pytest.mark.parametrize("method", JITTED)
 def test_scaling_tables_changes_nothing(method):
-    cost, weight, budget = instances(5, 6, 4)
-    solve = batched(minimise_size, method)
+    cost, weight, budget = instances()
+    solve = batched(method)
     x = solve(weight, cost, budget)
     for scale in (2.0**40, 2.0**-70):
         scaled = np.float32(scale * weight), np.float32(cost / scale)
@@ -317,8 +321,8 @@ def test_scaling_tables_changes_nothing(method):
 
 @pytest.mark.parametrize("method", JITTED)
 def test_permuting_layers_and_levels_permutes_the_answer(method):
-    cost, weight, budget = instances(5, 6, 4)
-    solve = batched(minimise_size, method)
+    cost, weight, budget = instances()
+    solve = batched(method)
     rng = np.random.default_rng(5)
     layers, order = rng.permutation(5), rng.permutation(6)
     x = np.asarray(solve(weight, cost, budget))
@@ -329,37 +333,36 @@ def test_permuting_layers_and_levels_permutes_the_answer(method):
 
 @pytest.mark.parametrize("method", JITTED)
 def test_jit_vmap_and_loop_agree(method):
-    cost, weight, budget = instances(5, 6, 4)
+    cost, weight, budget = instances()
     rows = list(zip(weight, cost, budget, strict=True))
     eager = np.stack([minimise_size(*row, method=method) for row in rows])
-    np.testing.assert_array_equal(
-        batched(minimise_size, method)(weight, cost, budget), eager
-    )
-    jitted = jax.jit(functools.partial(minimise_size, method=method))
+    np.testing.assert_array_equal(batched(method)(weight, cost, budget), eager)
+    jitted = jax.jit(partial(minimise_size, method=method))
     np.testing.assert_array_equal(np.stack([jitted(*row) for row in rows]), eager)
     dual = np.stack([minimise_error(c, w, b, method=method) for w, c, b in rows])
     np.testing.assert_array_equal(dual, eager)
 
 
-def test_traced_default_and_traced_level_out_of_range():
-    cost, weight, budget = (x[1] for x in instances(4, 5, 1))
-    solve = jax.jit(minimise_size)
-    plain = minimise_size(weight, cost, budget)
-    for default in (jnp.int32(2), jnp.array([0, 1, 2, 3]), jnp.full(4, -1)):
+@pytest.mark.parametrize("method", JITTED)
+def test_traced_default_and_traced_level_out_of_range(method):
+    cost, weight, budget = instance()
+    solve = jax.jit(partial(minimise_size, method=method))
+    plain = minimise_size(weight, cost, budget, method=method)
+    for default in (jnp.arange(5), jnp.full(5, -1), jnp.full(5, 7)):
         x = solve(weight, cost, budget, default)
         assert total(cost, x) <= total(cost, plain) * (1 + 1e-7)
         assert total(weight, x) <= budget * (1 + 1e-6)
-    np.testing.assert_array_equal(solve(weight, cost, budget, jnp.int32(7)), plain)
 
 
-def test_input_types():
-    errors, sizes = np.array([[3, 1], [2, 1]]), np.array([[1, 3], [2, 2**40]])
-    for method in METHODS:
-        lists = minimise_size(errors.tolist(), sizes.tolist(), 3.5, method=method)
-        np.testing.assert_array_equal(lists, [1, 0])  # [1, 1] if 2**40 wrapped to 0
-        device = jnp.asarray(errors, jnp.bfloat16), jnp.asarray(sizes % 7, jnp.int8)
-        x = minimise_size(*device, jnp.int32(4), np.int64(1), method)
-        assert x.dtype == jnp.int32
+@pytest.mark.parametrize("method", METHODS)
+def test_input_types(method):
+    errors = np.tile([3, 1, 1, 1, 1, 1], (5, 1))
+    sizes = np.tile([1, 3, 4, 5, 6, 2**40], (5, 1))  # 2**40 must not wrap to 0
+    for e, s in ((errors, sizes), (errors.tolist(), sizes.tolist())):
+        np.testing.assert_array_equal(minimise_size(e, s, 5, method=method), [1] * 5)
+    device = jnp.asarray(errors, jnp.bfloat16), jnp.asarray(sizes % 7, jnp.int8)
+    x = minimise_size(*device, jnp.int32(9), np.int64(1), method)
+    assert x.dtype == jnp.int32
 
 
 ERRORS, SIZES = np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)
@@ -370,7 +373,7 @@ ERRORS, SIZES = np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)
     [
         ({"method": "greedy"}, r"method must be one of .*lagrangian.*, got 'greedy'"),
         ({"bins": 0}, "bins must be a positive integer, got 0"),
-        ({"sizes": np.ones((3, 2))}, r"of one shape .*\(2, 3\).*\(3, 2\)"),
+        ({"sizes": np.ones((3, 2))}, r"of one shape .*, got .*\(3, 2\)"),
         ({"errors": np.ones(3)}, r"tables \[layers, levels\]"),
         ({"errors": np.ones((0, 3)), "sizes": np.ones((0, 3))}, "non-empty tables"),
         ({"budget": np.ones(4)}, r"budget a scalar \(jax.vmap solves several\)"),
@@ -383,14 +386,14 @@ ERRORS, SIZES = np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)
 @pytest.mark.parametrize("function", BOTH)
 def test_error_texts(function, changes, text):
     arguments = {"errors": ERRORS, "sizes": SIZES, "budget": 1.0} | changes
-    tables = (arguments.pop(name) for name in ("errors", "sizes", "budget"))
+    tables = [arguments.pop(name) for name in ("errors", "sizes", "budget")]
     with pytest.raises(ValueError, match=text) as error:
         function(*tables, **arguments)
     assert "\n" not in str(error.value)
 
 
 def test_exact_needs_concrete_arrays_and_scipy(monkeypatch):
-    exact = functools.partial(minimise_size, method="exact")
+    exact = partial(minimise_size, method="exact")
     with pytest.raises(ValueError, match='concrete arrays; under jit .* "lagrangian"'):
         jax.jit(exact)(ERRORS, SIZES, 1.0)
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)

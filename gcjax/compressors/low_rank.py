@@ -77,6 +77,16 @@ def first_columns(matrix: jax.Array, rank: jax.Array) -> jax.Array:
     return jnp.where(jnp.arange(matrix.shape[1]) < rank, matrix, 0)
 
 
+def unit_scale(matrix: jax.Array) -> jax.Array:
+    """Scales the largest magnitude to 1, if it is not 0.
+
+    Q is of the gradient's size, so that M Q would be of its square and overflow early;
+    the scale of P does not matter, because P is orthogonalised.
+    """
+    largest = jnp.max(jnp.abs(matrix))
+    return matrix / jnp.where(largest > 0, largest, 1)
+
+
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """Matrix product in full float32 on every backend."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
