@@ -116,7 +116,7 @@ def test_many_layers_are_within_a_thousandth_of_the_optimum():
 
 
 def test_very_many_layers_are_within_a_thousandth_of_the_optimum():
-    cost, weight, budget = (x[2:4] for x in instances(200, 100, 1))
+    cost, weight, budget = (x[2:3] for x in instances(200, 100, 1))
     x = jax.lax.map(lambda row: minimise_size(*row), (weight, cost, budget))
     assert np.all(total(weight, x) <= budget * (1 + 1e-6))
     gap = total(cost, x) / total(cost, exactly(cost, weight, budget)) - 1
@@ -237,6 +237,16 @@ def test_default_of_least_size_or_over_budget(method):
     assert total(weight, x) <= budget * (1 + 1e-6) < total(weight, weight.argmax(1))
 
 
+def test_fall_back_is_the_best_single_level():
+    cost, weight, budget = instance()
+    columns = np.tile(np.arange(6)[:, None], 5)
+    budget = np.median(total(weight, columns)) * (1 + 1e-6)
+    within = [c for c in columns if total(weight, c) <= budget]
+    best = min(within, key=lambda c: total(cost, c))
+    x = minimise_size(weight, cost, budget, method="dp", bins=3)  # layers fill 5 bins
+    np.testing.assert_array_equal(x, best)
+
+
 @pytest.mark.parametrize("function", BOTH)
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_and_infinity_give_minus_one(function, method):
@@ -276,7 +286,7 @@ def test_infeasible_budget_gives_the_lightest_levels(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_ties_go_to_the_lower_error(method):
     sizes = np.tile([5, 5, 5, 9, 5, 9], (5, 1))
-    errors = np.tile([3.0, 2.0, 4.0, 0.0, 3.0, 1.0], (5, 1))
+    errors = np.tile([2.0001, 2.0, 4.0, 0.0, 3.0, 1.0], (5, 1))  # two in one bin
     for default in (None, 2):
         x = minimise_size(errors, sizes, 20.5, default, method)
         np.testing.assert_array_equal(x, np.full(5, 1))
@@ -289,7 +299,7 @@ def test_one_column_and_one_layer():
     errors, sizes = rng.random((2, 6, 1))
     for budget in (10.0, 0.1):
         np.testing.assert_array_equal(minimise_size(errors, sizes, budget), np.zeros(6))
-    for method in METHODS * 8:
+    for method in JITTED * 8:
         errors, sizes = rng.random((2, 1, 9))
         budget = np.median(errors) * 1.00001
         best = np.where(errors <= budget, sizes, np.inf).argmin()
@@ -332,26 +342,22 @@ def test_permuting_layers_and_levels_permutes_the_answer(method):
 
 
 @pytest.mark.parametrize("method", JITTED)
-def test_jit_vmap_and_loop_agree(method):
+def test_jit_vmap_and_loop_agree_and_defaults_may_be_traced(method):
     cost, weight, budget = instances()
     rows = list(zip(weight, cost, budget, strict=True))
     eager = np.stack([minimise_size(*row, method=method) for row in rows])
     np.testing.assert_array_equal(batched(method)(weight, cost, budget), eager)
-    jitted = jax.jit(partial(minimise_size, method=method))
-    np.testing.assert_array_equal(np.stack([jitted(*row) for row in rows]), eager)
     dual = np.stack([minimise_error(c, w, b, method=method) for w, c, b in rows])
     np.testing.assert_array_equal(dual, eager)
 
-
-@pytest.mark.parametrize("method", JITTED)
-def test_traced_default_and_traced_level_out_of_range(method):
-    cost, weight, budget = instance()
-    solve = jax.jit(partial(minimise_size, method=method))
-    plain = minimise_size(weight, cost, budget, method=method)
-    for default in (jnp.arange(5), jnp.full(5, -1), jnp.full(5, 7)):
-        x = solve(weight, cost, budget, default)
-        assert total(cost, x) <= total(cost, plain) * (1 + 1e-7)
-        assert total(weight, x) <= budget * (1 + 1e-6)
+    jitted = jax.jit(partial(minimise_size, method=method))
+    for default in (jnp.full(5, -1), jnp.full(5, 6)):  # out of range: ignored
+        x = np.stack([jitted(*row, default) for row in rows])
+        np.testing.assert_array_equal(x, eager)
+    for w, c, _ in rows:
+        default = c.argmin(1)
+        budget = np.float32(total(w, default))
+        assert total(c, jitted(w, c, budget, default)) == total(c, default)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -225,7 +225,7 @@ def test_a_missing_data_set_says_what_to_put_where(config, tmp_path, monkeypatch
 
 def test_model_state_is_averaged_and_counted():
     """Batch statistics of all workers are shared; their words are counted."""
-    from gcjax import aggregate, tasks
+    from gcjax import exchange, tasks
     from gcjax.compressors import quantize
 
     def loss(params, model_state, batch, key):
@@ -234,7 +234,7 @@ def test_model_state_is_averaged_and_counted():
         return jnp.sum(params["w"] * jnp.mean(batch["x"], 0)), state
 
     task = tasks.Task(None, loss, None, None, "accuracy")
-    tx = aggregate.compressed_mean(quantize.identity())
+    tx = exchange.compressed_mean(quantize.identity())
     params = {"w": jnp.ones(3)}
     state = train.RunState(
         params, tx.init(params), {"mean": jnp.zeros(3)}, jnp.int32(0)
