@@ -28,26 +28,47 @@ from gcjax.workers import checked
 # --- Collectives: all there are. ------------------------------------------------------
 
 
-def gather(x: jax.Array, axis_name: str) -> tuple[jax.Array, Words]:
-    """All workers' arrays, stacked, and the words that one worker contributed."""
+def gather(x: jax.Array, axis_name: str, name: str) -> tuple[jax.Array, Words]:
+    """All workers' arrays, stacked. One worker sends (N - 1) times its size."""
     to = {"to": "invarying"} if checked(axis_name) else {}
-    sent = Words(jnp.int32(_words(x)), jnp.int32(0))
-    return lax.all_gather(x, axis_name, **to), sent
+    with _declared(name, x):
+        return lax.all_gather(x, axis_name, **to), no_words()._replace(gathered=size(x))
 
 
-def all_reduce(x: jax.Array, axis_name: str) -> tuple[jax.Array, Words]:
-    """Mean over workers, and the words that one worker contributed."""
-    total = lax.psum(x, axis_name) / lax.axis_size(axis_name)
-    return total, Words(jnp.int32(0), jnp.int32(_words(x)))
+def all_reduce(x: jax.Array, axis_name: str, name: str) -> tuple[jax.Array, Words]:
+    """Mean over workers. One worker sends 2 (N - 1) / N times the size (a ring)."""
+    with _declared(name, x):
+        total = lax.psum(x, axis_name) / lax.axis_size(axis_name)
+    return total, no_words()._replace(reduced=size(x))
+
+
+def scatter(x: jax.Array, axis_name: str, name: str) -> tuple[jax.Array, Words]:
+    """Sends x[j] to worker j; [i] of the result is what worker i sent here.
+
+    One worker sends (N - 1) / N times the size of x.
+    """
+    with _declared(name, x):
+        received = lax.all_to_all(x, axis_name, 0, 0, tiled=True)
+    return received, no_words()._replace(scattered=size(x))
+
+
+def size(x: jax.Array) -> jax.Array:
+    """Size of an array in 32-bit words, int32."""
+    return jnp.int32(_words(x))
+
+
+def no_words() -> Words:
+    """What one worker contributed where nothing was sent."""
+    return Words(jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
 
 def _words(x: jax.Array) -> int:
     return -(-x.size * x.dtype.itemsize * 8 // wire.WORD)
 
 
-def no_words() -> Words:
-    """What one worker contributed where nothing was sent."""
-    return Words(jnp.int32(0), jnp.int32(0))
+def _declared(name: str, x: jax.Array):
+    """Names a collective and what is counted for it, for `wire_report` to find."""
+    return jax.named_scope(f"gcjax:{name}:words={_words(x)}")
 
 
 # --- The aggregator: an optax transformation around an exchange. ----------------------
@@ -331,7 +352,9 @@ def mean_dense(
     finite = [jnp.all(jnp.isfinite(x)) for x in [*dense, *layers]]
     bad = 1 - jnp.stack(finite).all().astype(jnp.float32)
     flat = [x.reshape(-1).astype(jnp.float32) for x in dense]
-    total, words = all_reduce(jnp.concatenate([*flat, bad[None]]), axis_name)
+    total, words = all_reduce(
+        jnp.concatenate([*flat, bad[None]]), axis_name, "small_tensors"
+    )
     ends = np.cumsum([x.size for x in dense], dtype=int)
     *means, bad = jnp.split(total, ends)
     means = [m.reshape(x.shape) for m, x in zip(means, dense, strict=True)]
@@ -391,7 +414,7 @@ def exchanged(
 
     def uncompressed(x: jax.Array):
         layers = [m.reshape(-1) for m in layout.unflatten(x)]
-        mean, words = all_reduce(jnp.concatenate(layers), options.axis_name)
+        mean, words = all_reduce(jnp.concatenate(layers), options.axis_name, "warm_up")
         layers = jnp.split(mean, np.cumsum(layout.sizes)[:-1])
         return layout.flatten(layers), x, state.exchange, words
 
@@ -450,9 +473,9 @@ def _snapshot(options: Options, step, snapshot, x) -> jax.Array:
 
 def _mean_table(errors: jax.Array, worker: int | None, axis_name: str):
     if worker is None:
-        return all_reduce(errors, axis_name)
+        return all_reduce(errors, axis_name, "error_table")
     chosen = jnp.where(lax.axis_index(axis_name) == worker, errors, 0)
-    mean, words = all_reduce(chosen, axis_name)
+    mean, words = all_reduce(chosen, axis_name, "error_table")
     return mean * lax.axis_size(axis_name), words
 
 

@@ -200,9 +200,10 @@ class Words(NamedTuple):
 
     gathered: jax.Array  # int32, through all-gather
     reduced: jax.Array  # int32, through all-reduce
+    scattered: jax.Array  # int32, through all-to-all
 
     def __add__(self, other: "Words") -> "Words":
-        return Words(self.gathered + other.gathered, self.reduced + other.reduced)
+        return Words(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Exchange(NamedTuple):

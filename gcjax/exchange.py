@@ -68,10 +68,10 @@ def compressed_mean(
         def at_capacity(capacity: int, message: jax.Array, shared: Any):
             message = message[:, : capacity // lanes]
             if compressor.linear:
-                total, words = all_reduce(wire.to_floats(message), axis_name)
+                total, words = all_reduce(wire.to_floats(message), axis_name, "message")
                 messages = wire.to_words(total)[None]
             else:
-                messages, words = gather(message, axis_name)
+                messages, words = gather(message, axis_name, "message")
             return compressor.decode(layout, messages, levels, shared), words
 
         needed = base.pick(compressor.words(layout), levels).sum()
@@ -166,7 +166,7 @@ def power_sgd(
             ladders.append(wire.capacity_ladder(low, high, words.sum(0), spacing))
         return ladders
 
-    def mean_factors(factors: list, rank: jax.Array, ladder: list[int]):
+    def mean_factors(name: str, factors: list, rank: jax.Array, ladder: list[int]):
         """All-reduces the first columns of all layers' factors."""
         flat = jnp.concatenate([f.T.reshape(-1) for f in factors])
         sizes = np.array([f.size for f in factors])
@@ -174,7 +174,7 @@ def power_sgd(
         buffer = wire.compact(flat, sizes, lengths, ladder[-1])
 
         def at_capacity(capacity: int, buffer: jax.Array):
-            total, words = all_reduce(buffer[:capacity], axis_name)
+            total, words = all_reduce(buffer[:capacity], axis_name, name)
             return wire.fit(total, ladder[-1]), words
 
         total, words = switch(lengths.sum(), ladder, at_capacity, buffer)
@@ -191,10 +191,12 @@ def power_sgd(
         layers = low_rank.matrices(layout, x)
         each = lambda fn, *lists: [fn(*args) for args in zip(*lists, strict=True)]
         q = each(low_rank.unit_scale, each(low_rank.first_columns, state, rank))
-        p, words = mean_factors(each(low_rank.product, layers, q), rank, capacities[0])
+        p, words = mean_factors(
+            "left_factors", each(low_rank.product, layers, q), rank, capacities[0]
+        )
         p = each(low_rank.orthogonalize, p, rank)
         own = each(lambda m, p: low_rank.product(m.T, p), layers, p)
-        q, more = mean_factors(own, rank, capacities[1])
+        q, more = mean_factors("right_factors", own, rank, capacities[1])
 
         restore = lambda p, q: low_rank.product(p, q.T)
         total = layout.flatten(each(restore, p, q))

@@ -26,17 +26,18 @@ _NOT_HASHED = ("seed", "data_dir", "resume", "log_every", "checkpoint_every")
 
 def payload_bits(words: Words) -> int:
     """Bits that one worker contributed to collectives."""
-    return 32 * (int(words.gathered) + int(words.reduced))
+    return 32 * sum(int(w) for w in words)
 
 
 def wire_bits(words: Words, num_workers: int) -> float:
     """Bits that one worker sends, by the collectives' usual algorithms.
 
-    All-gather of S bits sends (N - 1) S, a ring all-reduce 2 (N - 1) / N S.
+    Of S bits all-gather sends (N - 1) S, a ring all-reduce 2 (N - 1) / N S, all-to-all
+    (N - 1) / N S.
     """
     n = num_workers
-    gathered, reduced = int(words.gathered), int(words.reduced)
-    return 32 * ((n - 1) * gathered + 2 * (n - 1) / n * reduced)
+    gathered, reduced, scattered = (int(w) for w in words)
+    return 32 * (n - 1) * (gathered + 2 / n * reduced + scattered / n)
 
 
 def new_record(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]:

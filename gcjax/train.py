@@ -176,12 +176,15 @@ def worker_step(
     words = info.words
     if jax.tree.leaves(model_state):
         # Batch statistics differ from worker to worker; their mean is shared.
-        means = jax.tree.map(lambda x: aggregate.all_reduce(x, AXIS), model_state)
+        means = jax.tree.map(
+            lambda x: aggregate.all_reduce(x, AXIS, "model_state"), model_state
+        )
         is_pair = lambda x: isinstance(x, tuple)
         model_state = jax.tree.map(lambda p: p[0], means, is_leaf=is_pair)
         for pair in jax.tree.leaves(means, is_leaf=is_pair):
             words += pair[1]
-    loss, _ = aggregate.all_reduce(loss, AXIS)  # for the log only; not counted
+    loss, more = aggregate.all_reduce(loss, AXIS, "loss")
+    words += more
     new = RunState(
         optax.apply_updates(state.params, updates),
         opt_state,
