@@ -231,6 +231,7 @@ def _init(options: Options, params: Any) -> AggregatorState:
         error=zeros(any(exchange.feedback)),
         velocity=zeros(options.momentum is not None),
         snapshot=zeros(options.adaptive),
+        compressor=exchange.init_worker(layout),
     )
     levels = jnp.asarray(default_levels(options, layout), jnp.int32)
     return AggregatorState(
@@ -264,7 +265,7 @@ def update(
     exchange, axis_name = options.exchange, options.axis_name
     _refuse_summed(grads, axis_name)
     layout, layers, dense, join = split(options, grads)
-    error, velocity, snapshot = state.worker.value
+    error, velocity, snapshot, memory = state.worker.value
     if options.local_clip is not None:
         layers, dense = _clip((layers, dense), options.local_clip, axis_name)
 
@@ -288,7 +289,7 @@ def update(
         snapshot = _snapshot(options, state.step, snapshot, sample)
 
     # 4. The mean over workers, and this worker's part in it.
-    mean, sent, exchange_state, more = exchanged(options, layout, x, levels, state)
+    mean, sent, new_states, more = exchanged(options, layout, x, levels, state)
     words += more
 
     # 5. What was not sent is this worker's new error.
@@ -299,6 +300,7 @@ def update(
         if options.momentum_masking:
             new_velocity = jnp.where(sent == 0, new_velocity, 0)
         velocity = keep(new_velocity, velocity)
+    shared, memory = keep(new_states, (state.exchange, memory))
     bad = 0.0 if options.nonfinite == "skip" else jnp.nan
     mean = [jnp.where(ok, m, bad) for m in layout.unflatten(mean)]
     dense_mean = [jnp.where(ok, m, bad) for m in dense_mean]
@@ -310,11 +312,11 @@ def update(
         state.info.selections + selected.astype(jnp.int32),
     )
     return join(mean, dense_mean), AggregatorState(
-        worker=PerWorker(WorkerState(error, velocity, snapshot)),
+        worker=PerWorker(WorkerState(error, velocity, snapshot, memory)),
         step=state.step + 1,
         levels=levels,
         selector=selector_state,
-        exchange=keep(exchange_state, state.exchange),
+        exchange=shared,
         info=info,
     )
 
@@ -401,22 +403,23 @@ def exchanged(
     options: Options, layout: Layout, x: jax.Array, levels: Any, state: AggregatorState
 ):
     """Mean over workers: uncompressed during the warm-up, then by the exchange."""
+    states = state.exchange, state.worker.value.compressor
     if not layout.num_layers:
-        return x, x, state.exchange, no_words()
+        return x, x, states, no_words()
     key = jax.random.fold_in(jax.random.key(options.seed), state.step)
     worker = jax.random.fold_in(key, lax.axis_index(options.axis_name) + 1)
     keys = Keys(jax.random.fold_in(key, 0), worker)
 
     def compressed(x: jax.Array):
         return options.exchange.mean(
-            layout, x, levels, state.exchange, keys, lengths(options, layout)
+            layout, x, levels, states, keys, lengths(options, layout)
         )
 
     def uncompressed(x: jax.Array):
         layers = [m.reshape(-1) for m in layout.unflatten(x)]
         mean, words = all_reduce(jnp.concatenate(layers), options.axis_name, "warm_up")
         layers = jnp.split(mean, np.cumsum(layout.sizes)[:-1])
-        return layout.flatten(layers), x, state.exchange, words
+        return layout.flatten(layers), x, states, words
 
     if not options.warmup_steps:
         return compressed(x)

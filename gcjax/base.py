@@ -177,15 +177,44 @@ class Compressor(NamedTuple):
     linear: bool
     words: Callable  # layout -> int64[L, V], 32-bit words of a layer's message
     errors: Callable  # (layout, x) -> float32[L, V], squared error at every level
-    encode: Callable  # (layout, x, levels, keys) -> (units, x_hat float32[size])
-    # (layout, units, levels, capacity) -> (message uint32[lanes, capacity / lanes],
-    # shared). A shorter message is a prefix in every lane; `shared` is what all
-    # workers know without sending it, () where that is nothing.
+    init: Callable  # layout -> state of one worker, e.g. the thresholds of last step
+    # (layout, x, levels, keys, state) -> (units, x_hat float32[size], state). A layer
+    # at level -1 is not sent.
+    encode: Callable
+    # (layout, units, levels, capacity) -> (message uint32[capacity], shared). A shorter
+    # message is a prefix; `shared` is what all know without sending it, () where
+    # that is nothing.
     pack: Callable
-    # (layout, messages uint32[M, lanes, any], levels, shared) -> float32[size], the
-    # mean of what M messages say.
+    # (layout, messages uint32[M, any], levels, shared) -> float32[size], the mean of
+    # what M messages say.
     decode: Callable
-    lanes: int = 1  # arrays of equal length in a message, e.g. values and indices
+    rows: "RowCodec | None" = None  # where every row can be compressed by itself
+
+
+class Rows(NamedTuple):
+    """Rows of the flat vector, in S messages of R rows each."""
+
+    valid: Any  # int[S, R], elements that are not padding
+    width: Any  # int[S, R], bits of each element's code
+    full: bool  # nothing is padding
+
+
+class RowCodec(NamedTuple):
+    """Compression of single rows, for exchanges that deal rows out to workers."""
+
+    dealt: bool  # a share takes rows from everywhere, so that lengths are alike
+    # V flags: what is lost when a mean is compressed again may be fed back as well.
+    again: tuple[bool, ...]
+    rows: Callable  # (layout, levels) -> Rows, S = 1
+    words: Callable  # rows -> int[S], words of each message
+    encode: Callable  # (x [R, row], rows, key) -> units
+    value: Callable  # (units, rows) -> float32[R, row], what they mean
+    # (units, order int[S, R], rows [S, R], words) -> uint32[S, words], the messages of
+    # the units' rows in that order; one number past the last row stands for padding.
+    pack: Callable
+    # (messages uint32[S, words], rows [S, R], natural) -> units of all S R rows or, not
+    # None, of those listed in `natural`, in that order.
+    unpack: Callable
 
 
 class Keys(NamedTuple):
@@ -221,8 +250,10 @@ class Exchange(NamedTuple):
     # ladder up to the length at levels `largest` int64[L].
     capacities: Callable
     errors: Callable  # (layout, x) -> float32[L, V]
-    init: Callable  # layout -> state, the same on all workers
-    # (layout, x, levels, state, keys, capacities) -> (mean, sent, state, Words)
+    init: Callable  # (layout, key) -> state, the same on all workers
+    init_worker: Callable  # layout -> state of each worker for itself
+    # (layout, x, levels, (state, own state), keys, capacities) -> (mean, sent, both
+    # states, Words). A layer at level -1 is not sent.
     mean: Callable
 
 
@@ -236,8 +267,10 @@ class Selector(NamedTuple):
     worker: int | None  # whose table decides; None: the mean of all workers' tables
     shrinks: bool  # its levels never need more words than the default
     init: Callable  # num_layers -> state
-    # (errors float32[L, V], words int64[L, V], default int32[L], capacities, state)
-    # -> (levels int32[L], state). Errors are squared. A level of -1 keeps the old ones.
+    # (errors float32[L, V], words int64[L, V], default int32[L], capacities, state,
+    # kinds, sizes int64[L]) -> (levels int32[L], state). Errors are squared. `kinds`
+    # names for each of the V levels the collective of its words, "dense" where a layer
+    # would travel uncompressed. A level of -1 keeps the old ones.
     update: Callable
 
 
@@ -285,7 +318,8 @@ class AggregatorState(NamedTuple):
     """State of an aggregator.
 
     `worker` holds, per worker and float32[layout.size] each (or `()` where unused):
-    the error, the velocity of momentum correction, and the snapshot for the selector.
+    the error, the velocity of momentum correction, and the snapshot for the selector;
+    and what the compressor remembers.
     """
 
     worker: PerWorker  # of WorkerState
@@ -302,6 +336,7 @@ class WorkerState(NamedTuple):
     error: Any  # what was not sent yet
     velocity: Any  # local momentum, for momentum correction
     snapshot: Any  # sum of the steps before a selection, for the error table
+    compressor: Any  # what the compressor remembers, e.g. its last thresholds
 
 
 def pick(table: Any, levels: Any) -> Any:

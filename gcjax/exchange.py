@@ -3,6 +3,7 @@
 A public function for each: it builds the exchange and the aggregator around it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 from jax import lax
 
 from gcjax import base, wire
-from gcjax.aggregate import aggregator, all_reduce, gather, nearest_admitted
-from gcjax.base import Aggregator, Compressor, Exchange, Layout
-from gcjax.compressors import low_rank
+from gcjax.aggregate import aggregator, all_reduce, gather, nearest_admitted, scatter
+from gcjax.base import Aggregator, Compressor, Exchange, Layout, Rows
+from gcjax.compressors import low_rank, quantize
 
 
 def compressed_mean(
@@ -22,12 +23,14 @@ def compressed_mean(
     axis_name: str = "workers",
     *,
     error_feedback: bool | None = None,
+    collective: str | None = None,
     spacing: float = 1.05,
     **options: Any,
 ) -> Aggregator:
     """Mean of compressed gradients: compress locally, gather messages, decode, average.
 
-    Messages of linear compressors travel by all-reduce, all others by all-gather.
+    With N workers and messages of S bits one worker sends (N - 1) S by all-gather and
+    2 (N - 1) / N S by all-reduce or reduce-scatter.
 
     Args:
       compressor: From `gcjax.top_k`, `gcjax.qsgd` and so on.
@@ -35,6 +38,12 @@ def compressed_mean(
       error_feedback: None: on at the compressor's levels that are contractions, off at
         the others, through which an older error is sent along once. True: on, and only
         contractions may be chosen. False: off.
+      collective: "all_reduce", for linear compressors; "all_gather", for all others; or
+        "reduce_scatter", for quantisers whose scales belong to rows (qsgd, cast,
+        natural, sign with a bucket size): each worker averages its share of the rows,
+        compresses the mean again and sends it to all, whatever their number. What the
+        second compression loses, its owner keeps in its error, times N, at levels
+        whose relative error is below 1/4, and nobody elsewhere. None: the first.
       spacing: Largest factor between neighbouring lengths of the message buffer, where
         levels change; padding costs half of its excess over 1 on average.
       **options: See `aggregator`.
@@ -42,14 +51,21 @@ def compressed_mean(
     Raises:
       ValueError: for options out of range; see also `aggregator`.
     References: Seide et al., 2014, 1-Bit Stochastic Gradient Descent (error feedback);
-      Karimireddy et al., 2019, Error Feedback Fixes SignSGD, arXiv:1901.09847.
+      Karimireddy et al., 2019, Error Feedback Fixes SignSGD, arXiv:1901.09847;
+      Markov et al., 2022, CGX, arXiv:2111.08617 (reduce-scatter of compressed rows,
+      there without feedback of the second error).
     """
-    if not 1 < spacing <= 2:
-        raise ValueError(f"spacing must be in (1, 2], got {spacing}")
-    lanes = compressor.lanes
+    _check_spacing(spacing)
     contraction = np.array(compressor.contraction)
     feedback = contraction & (error_feedback is not False)
     admitted = contraction if error_feedback else np.ones_like(contraction)
+    kinds = ["all_reduce"] if compressor.linear else ["all_gather"]
+    kinds += ["reduce_scatter"] if compressor.rows else []
+    collective = collective or kinds[0]
+    if collective not in kinds:
+        raise ValueError(
+            f"{compressor.name} travels by {' or '.join(kinds)}, not by {collective!r}"
+        )
 
     def capacities(layout: Layout, fixed, largest) -> list[list[int]]:
         words = compressor.words(layout)
@@ -57,27 +73,29 @@ def compressed_mean(
             return [[int(base.pick(words, fixed).sum())]]
         low, high = int(words.min(1).sum()), int(base.pick(words, largest).sum())
         # Every uniform level's exact length is on the ladder, and so is the dense one.
-        exact = np.append(words.sum(0), layout.sizes.sum() // lanes * lanes)
-        return [wire.capacity_ladder(low, high, exact, spacing, lanes)]
+        exact = np.append(words.sum(0), layout.sizes.sum())
+        return [wire.capacity_ladder(low, high, exact, spacing)]
 
     def mean(layout, x, levels, state, keys, capacities):
-        (ladder,) = capacities
-        units, sent = compressor.encode(layout, x, levels, keys)
+        (ladder,), (shared_state, own) = capacities, state
+        units, sent, own = compressor.encode(layout, x, levels, keys, own)
         message, shared = compressor.pack(layout, units, levels, ladder[-1])
 
         def at_capacity(capacity: int, message: jax.Array, shared: Any):
-            message = message[:, : capacity // lanes]
+            message = message[:capacity]
             if compressor.linear:
-                total, words = all_reduce(wire.to_floats(message), axis_name, "message")
+                message = wire.to_floats(message)
+                total, words = all_reduce(message, axis_name, "message")
                 messages = wire.to_words(total)[None]
             else:
                 messages, words = gather(message, axis_name, "message")
             return compressor.decode(layout, messages, levels, shared), words
 
-        needed = base.pick(compressor.words(layout), levels).sum()
+        needed = _needed(compressor.words(layout), levels)
         total, words = switch(needed, ladder, at_capacity, message, shared)
-        return total, sent, state, words
+        return total, sent, (shared_state, own), words
 
+    in_shares = collective == "reduce_scatter"
     exchange = Exchange(
         name=compressor.name,
         levels=compressor.levels,
@@ -88,12 +106,114 @@ def compressed_mean(
         ),
         accepts=lambda shape: True,
         words=compressor.words,
-        capacities=capacities,
+        capacities=(
+            functools.partial(_share_capacities, compressor, axis_name, spacing)
+            if in_shares
+            else capacities
+        ),
         errors=compressor.errors,
         init=lambda layout, key: (),
-        mean=mean,
+        init_worker=compressor.init,
+        mean=(
+            functools.partial(_mean_by_shares, compressor, axis_name, feedback)
+            if in_shares
+            else mean
+        ),
     )
     return aggregator(exchange, axis_name, **options)
+
+
+def _needed(words: np.ndarray, levels: jax.Array) -> jax.Array:
+    """Words of all layers that are sent, int32."""
+    return jnp.sum(jnp.where(levels < 0, 0, base.pick(words, jnp.maximum(levels, 0))))
+
+
+# --- Reduce-scatter and all-gather of quantised rows. ---------------------------------
+
+
+def _shares(compressor: Compressor, layout: Layout, count: int) -> np.ndarray:
+    """The rows that each of `count` workers adds up, int[count, R]; `num_rows` is none.
+
+    Where widths differ every worker gets rows from everywhere, so that the messages,
+    which must be of one length, need little padding.
+    """
+    each = -(-layout.num_rows // count)
+    order = np.minimum(np.arange(each * count), layout.num_rows)
+    dealt = compressor.rows.dealt
+    return order.reshape(each, count).T if dealt else order.reshape(count, each)
+
+
+def _rows_of(rows: Rows, order: Any) -> Rows:
+    """The rows `order` [S, R] of a layout's rows; padding has none."""
+    last = lambda x: jnp.append(jnp.asarray(x, jnp.int32).reshape(-1), 0)[order]
+    return Rows(last(rows.valid), last(rows.width), False)
+
+
+def _share_capacities(compressor, axis_name, spacing, layout: Layout, fixed, largest):
+    """Lengths of a share's message; the same for both collectives."""
+    count = lax.axis_size(axis_name)
+    order = _shares(compressor, layout, count)
+
+    def longest(levels: np.ndarray) -> int:
+        rows = compressor.rows.rows(layout, levels)
+        take = lambda x: np.append(x.reshape(-1), 0)[order]
+        rows = Rows(take(rows.valid), take(rows.width), False)
+        return int(np.max(compressor.rows.words(rows)))
+
+    if fixed is not None:
+        ladder = [longest(fixed)]
+    else:
+        uniform = [np.full_like(largest, v) for v in range(len(compressor.levels))]
+        exact = np.array([longest(v) for v in uniform])
+        # Shares of layers at different levels may differ by a few rows.
+        high = max(longest(largest), exact[0])
+        ladder = wire.capacity_ladder(int(exact[0]), high, exact, spacing)
+    return [ladder, ladder]
+
+
+def _mean_by_shares(
+    compressor, axis_name, feedback, layout, x, levels, state, keys, capacities
+):
+    """The mean by a reduce-scatter and an all-gather of compressed rows.
+
+    Worker j receives all workers' messages of its share of the rows, averages them,
+    compresses the mean again and sends it to all. All use what was decoded, the owner
+    too, so that replicas agree.
+    """
+    codec, (shared_state, own) = compressor.rows, state
+    count, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    order = _shares(compressor, layout, count)
+    units, sent, own = compressor.encode(layout, x, levels, keys, own)
+    rows = codec.rows(layout, levels)
+    shares = _rows_of(rows, order)
+    mine = jnp.asarray(order, jnp.int32)[me][None]
+    my_rows = _rows_of(rows, mine)
+    here = np.arange(order.shape[1])[None]
+    natural = np.argsort(order.reshape(-1), kind="stable")[: layout.num_rows]
+    natural = None if np.array_equal(natural, np.arange(order.size)) else natural
+    again = jax.random.fold_in(keys.worker, 1)
+
+    def at_capacity(capacity: int, packed: jax.Array):
+        parts, words = scatter(packed[:, :capacity], axis_name, "shares")
+        value = lambda message: codec.value(
+            codec.unpack(message[None], my_rows), my_rows
+        )
+        mean = quantize.mean_of(parts, value)
+        new = codec.encode(mean, my_rows, again)
+        (message,) = codec.pack(new, here, my_rows, capacity)
+        messages, more = gather(message, axis_name, "means")
+        total = codec.value(codec.unpack(messages, shares, natural), rows)
+        return total.reshape(-1), mean - codec.value(new, my_rows), words + more
+
+    packed = codec.pack(units, order, shares, capacities[0][-1])
+    needed = jnp.max(jnp.asarray(codec.words(shares), jnp.int32))
+    total, rest, words = switch(needed, capacities[0], at_capacity, packed)
+    # What the second compression lost, its owner keeps for all.
+    keep = jnp.array(feedback & np.array(codec.again))[levels][layout.row_layer]
+    keep = jnp.append(keep, False)[mine[0]]
+    rest = jnp.where(keep[:, None], rest, 0) * count
+    sent = sent.reshape(-1, layout.row).at[mine[0]].add(-rest, mode="drop")
+    return total, sent.reshape(-1), (shared_state, own), words
 
 
 def power_sgd(
@@ -137,8 +257,7 @@ def power_sgd(
         raise ValueError(
             f"power_sgd: error must be 'local' or 'aggregate', got {error!r}"
         )
-    if not 1 < spacing <= 2:
-        raise ValueError(f"spacing must be in (1, 2], got {spacing}")
+    _check_spacing(spacing)
     ranks = base.ladder(ranks, "rank", 1, 2**16)
 
     def admits(layout: Layout) -> np.ndarray:
@@ -187,10 +306,11 @@ def power_sgd(
 
     def mean(layout, x, levels, state, keys, capacities):
         del keys
+        factors, own_state = state
         rank = jnp.array(ranks, jnp.int32)[levels]
         layers = low_rank.matrices(layout, x)
         each = lambda fn, *lists: [fn(*args) for args in zip(*lists, strict=True)]
-        q = each(low_rank.unit_scale, each(low_rank.first_columns, state, rank))
+        q = each(low_rank.unit_scale, each(low_rank.first_columns, factors, rank))
         p, words = mean_factors(
             "left_factors", each(low_rank.product, layers, q), rank, capacities[0]
         )
@@ -203,7 +323,8 @@ def power_sgd(
         local = layout.flatten(each(restore, p, own))
         sent = local if error == "local" else local - local + total
         kept = lambda new, old, r: jnp.where(jnp.arange(old.shape[1]) < r, new, old)
-        return total, sent, each(kept, q, state, rank), words + more
+        state = each(kept, q, factors, rank), own_state
+        return total, sent, state, words + more
 
     exchange = Exchange(
         name="power_sgd",
@@ -216,9 +337,15 @@ def power_sgd(
         capacities=capacities,
         errors=lambda layout, x: low_rank.tail_energy(layout, x, ranks),
         init=lambda layout, key: low_rank.init_factors(layout, widths(layout), key),
+        init_worker=lambda layout: (),
         mean=mean,
     )
     return aggregator(exchange, axis_name, **options)
+
+
+def _check_spacing(spacing: float) -> None:
+    if not 1 < spacing <= 2:
+        raise ValueError(f"spacing must be in (1, 2], got {spacing}")
 
 
 def switch(needed: jax.Array, ladder: list[int], at_capacity: Callable, *args: Any):

@@ -110,26 +110,46 @@ def select_bit(words: jax.Array, rank: jax.Array) -> jax.Array:
     return position
 
 
-def positions(mask: jax.Array, capacity: int) -> jax.Array:
-    """Positions of the set bits of a packed mask, in order.
+def owner(start: jax.Array, capacity: int) -> jax.Array:
+    """For each slot of a buffer the segment in it, int32[capacity].
+
+    Args:
+      start: int32[S], first slot of each segment, ascending; an empty segment starts
+        where the next one does. Slot 0 belongs to the first one that starts there.
+      capacity: Static length of the buffer.
+    """
+    number = jnp.arange(start.size, dtype=jnp.int32)
+    first = jnp.zeros((capacity,), jnp.int32).at[start].max(number, mode="drop")
+    return lax.cummax(first)
+
+
+def running_sum(x: jax.Array) -> jax.Array:
+    """Cumulative sum of int32[n], in two levels, which is faster than one."""
+    if x.size % 64:
+        return jnp.cumsum(x)
+    inner = jnp.cumsum(x.reshape(-1, 64), axis=1)
+    outer = jnp.cumsum(inner[:, -1]) - inner[:, -1]
+    return (inner + outer[:, None]).reshape(-1)
+
+
+def positions(mask: jax.Array, start: jax.Array, capacity: int) -> tuple:
+    """Positions of the set bits of a packed mask, laid into a buffer.
 
     Args:
       mask: uint32[n], see `pack_bits`.
-      capacity: Static number of positions.
+      start: int32[n], ascending: slot of each word's first set bit; those of a word
+        lie one after the other.
+      capacity: Static number of slots.
 
     Returns:
-      int32[capacity], strictly ascending. Unused slots point past the mask (32 * n and
-      above), each to a place of its own, so that scatters with `mode="drop"` and
-      unique, sorted indices are right.
+      int32[capacity], the position in each slot, and bool[capacity], whether the slot
+      is used.
     """
     counts = lax.population_count(mask).astype(jnp.int32)
-    ends = jnp.cumsum(counts)
-    slot = jnp.arange(capacity, dtype=jnp.int32)
-    word = jnp.searchsorted(ends, slot, side="right", method="scan")
-    word = jnp.minimum(word.astype(jnp.int32), mask.size - 1)
-    rank = slot - (ends - counts)[word]
-    found = word * WORD + select_bit(mask[word], rank)
-    return jnp.where(slot < ends[-1], found, mask.size * WORD + slot)
+    # Empty words would hide the one whose bits lie before them.
+    word = owner(jnp.where(counts > 0, start, capacity), capacity)
+    rank = jnp.arange(capacity, dtype=jnp.int32) - start[word]
+    return word * WORD + select_bit(mask[word], rank), rank < counts[word]
 
 
 def capacity_ladder(
@@ -152,19 +172,18 @@ def noise(key: jax.Array, size: int) -> jax.Array:
     """Uniform float32[size] in [0, 1) from hashing a counter with a key.
 
     Rounding needs one random number per element, and a full threefry draw costs more
-    than the rest of a quantiser; two rounds of an integer hash ("lowbias32", C.
-    Wellons, 2018, Prospecting for Hash Functions) suffice and fuse with their use.
+    than the rest of a quantiser; one round of an integer hash ("lowbias32", C. Wellons,
+    2018, Prospecting for Hash Functions), keyed twice, suffices and fuses with its use.
     """
-    return (random_words(key, size) >> 8).astype(jnp.float32) * np.float32(2**-24)
+    # By way of int32: a conversion from unsigned does not vectorise on most CPUs.
+    bits = (random_words(key, size) >> 8).astype(jnp.int32)
+    return bits.astype(jnp.float32) * np.float32(2**-24)
 
 
 def random_words(key: jax.Array, size: int) -> jax.Array:
     """Random uint32[size]; see `noise`."""
     first, second = jax.random.key_data(key).reshape(-1)[-2:]
-    return _hash(_hash(jnp.arange(size, dtype=jnp.uint32) ^ first) + second)
-
-
-def _hash(x: jax.Array) -> jax.Array:
+    x = lax.iota(jnp.uint32, size) * jnp.uint32(0x9E3779B9) + first
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    x = ((x ^ (x >> 15)) + second) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

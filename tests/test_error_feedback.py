@@ -97,7 +97,7 @@ def resend(compressor, layout, x, levels, step) -> jax.Array:
 
     def one(x, worker):
         keys = Keys(jax.random.fold_in(key, 0), jax.random.fold_in(key, worker + 1))
-        units, _ = compressor.encode(layout, x, levels, keys)
+        units, *_ = compressor.encode(layout, x, levels, keys, compressor.init(layout))
         capacity = int(compressor.words(layout).max(1).sum())
         message, shared = compressor.pack(layout, units, levels, capacity)
         return compressor.decode(layout, message[None], levels, shared)

@@ -1,13 +1,14 @@
 """Quantisers: send every entry, in few bits.
 
-All share one message: codes of `width` bits, laid out in bit planes of 32 elements to a
-word, plane after plane within a layer, so that a layer's level is how many planes of it
-are sent; before them the scales, a few numbers per bucket or per layer, sent in full.
+All share one message: the scales, a few numbers per bucket (row) or per layer, and then
+codes of `width` bits. Where only one width exists, neighbours lie in one word
+(`_fields`); where widths differ from layer to layer and change during the run, codes
+are sent as bit planes, of which a level says how many (`_planes`).
 """
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from gcjax import base, wire
-from gcjax.base import Compressor, Keys, Layout
+from gcjax.base import Compressor, Keys, Layout, RowCodec, Rows
 
 _ROW = 1024  # elements per row where a bucket size is not given
 
@@ -65,15 +66,18 @@ def qsgd(
     bits = base.ladder(bits, f"bits with norm {norm}", 1 if norm == "max_min" else 2, 8)
     stochastic = rounding == "stochastic"
 
-    def measure(layout: Layout, x: jax.Array) -> jax.Array:
+    def measure(x: jax.Array, rows: Rows) -> jax.Array:
         if norm == "l2":
             largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
             relative = x / jnp.where(largest > 0, largest, 1)  # squares stay finite
             return largest * jnp.sqrt(jnp.sum(relative**2, axis=1, keepdims=True))
-        valid = layout.valid()
-        low = jnp.min(jnp.where(valid, x, jnp.inf), axis=1)
-        high = jnp.max(jnp.where(valid, x, -jnp.inf), axis=1)
-        return jnp.stack([low, high], axis=1)
+        least, most = x, x
+        if not rows.full:
+            valid = jnp.asarray(rows.valid).reshape(-1, 1)
+            inside = jnp.arange(bucket_size, dtype=jnp.int32) < valid
+            least, most = jnp.where(inside, x, jnp.inf), jnp.where(inside, x, -jnp.inf)
+        scales = jnp.stack([jnp.min(least, axis=1), jnp.max(most, axis=1)], axis=1)
+        return scales if rows.full else jnp.where(valid > 0, scales, 0)
 
     def last_code(width: jax.Array) -> jax.Array:
         return ((1 << width) - (2 if norm == "l2" else 1))[:, None]
@@ -82,13 +86,17 @@ def qsgd(
         """Value of code 0 and unit of every row, float32[R, 1] each."""
         low = -scales[:, :1] if norm == "l2" else scales[:, :1]
         high = scales[:, -1:]
-        return low, (high - low) / last_code(width).astype(jnp.float32)
+        sent = width[:, None] > 0  # else every code means 0
+        last = jnp.asarray(last_code(jnp.maximum(width, 1)), jnp.float32)
+        return jnp.where(sent, low, 0), jnp.where(sent, (high - low) / last, 0)
 
     def encode(x, scales, width, key):
         low, unit = grid(scales, width)
         up = wire.noise(key, x.size).reshape(x.shape) if stochastic else 0.5
-        codes = jnp.floor((x - low) / jnp.where(unit > 0, unit, 1) + up)
-        return jnp.clip(codes.astype(jnp.int32), 0, last_code(width))
+        per_unit = jnp.where(unit > 0, 1 / jnp.where(unit > 0, unit, 1), 0)
+        codes = jnp.floor((x - low) * per_unit + up)
+        last = jnp.asarray(last_code(width), jnp.float32)
+        return jnp.clip(codes, 0, last).astype(jnp.int32)
 
     def decode(codes, scales, width):
         low, unit = grid(scales, width)
@@ -97,7 +105,8 @@ def qsgd(
     def errors(layout: Layout, x: jax.Array) -> jax.Array:
         """Expected squared error, exact for "nearest"; one pass for each width."""
         x = x.reshape(-1, bucket_size)
-        scales, table = measure(layout, x), []
+        every = Rows(layout.row_valid[None], None, False)
+        scales, table = measure(x, every), []
         for b in bits:
             low, unit = grid(scales, jnp.full((layout.num_rows,), b, jnp.int32))
             at = (x - low) / jnp.where(unit > 0, unit, 1)
@@ -113,7 +122,11 @@ def qsgd(
         contraction=tuple(
             _normal_error(b, bucket_size, norm, stochastic) < 0.999 for b in bits
         ),
-        scales=_Scales(1 if norm == "l2" else 2, per_layer=False, measure=measure),
+        count=1 if norm == "l2" else 2,
+        measure=measure,
+        twice=tuple(
+            _normal_error(b, bucket_size, norm, stochastic) < 0.25 for b in bits
+        ),
         encode=encode,
         decode=decode,
         errors=errors,
@@ -140,16 +153,21 @@ def sign(bucket_size: int | None = None) -> Compressor:
     row = _ROW if per_layer else bucket_size
     _check_bucket("sign", row)
 
-    def measure(layout: Layout, x: jax.Array) -> jax.Array:
-        total, count = jnp.sum(jnp.abs(x), axis=1), layout.row_valid
-        if per_layer:
-            total, count = layout.sum_rows(total), layout.sizes
+    def measure(x: jax.Array, rows: Rows) -> jax.Array:
+        total = jnp.sum(jnp.abs(x), axis=1)
+        count = jnp.maximum(jnp.asarray(rows.valid).reshape(-1), 1)
         return (total / count.astype(np.float32))[:, None]
+
+    def measure_layers(layout: Layout, x: jax.Array) -> jax.Array:
+        total = layout.sum_rows(jnp.sum(jnp.abs(x), axis=1))
+        return (total / layout.sizes.astype(np.float32))[:, None]
 
     def errors(layout: Layout, x: jax.Array) -> jax.Array:
         x = x.reshape(-1, row)
-        scales = measure(layout, x)
-        scales = scales[layout.row_layer] if per_layer else scales
+        if per_layer:
+            scales = measure_layers(layout, x)[layout.row_layer]
+        else:
+            scales = measure(x, Rows(layout.row_valid[None], None, False))
         rest = jnp.where(layout.valid(), jnp.abs(x) - scales, 0)
         return layout.sum_rows(jnp.sum(rest**2, axis=1))[:, None]
 
@@ -159,7 +177,9 @@ def sign(bucket_size: int | None = None) -> Compressor:
         widths=(1,),
         row=row,
         contraction=(True,),
-        scales=_Scales(1, per_layer, measure),
+        count=1,
+        measure=measure,
+        measure_layers=measure_layers if per_layer else None,
         encode=lambda x, scales, width, key: (x >= 0).astype(jnp.int32),
         decode=lambda codes, scales, width: jnp.where(codes > 0, scales, -scales),
         errors=errors,
@@ -214,7 +234,8 @@ def terngrad(clip: float | None = None) -> Compressor:
         widths=(2,),
         row=_ROW,
         contraction=(False,),
-        scales=_Scales(1, True, measure),
+        count=1,
+        measure_layers=measure,
         encode=encode,
         decode=lambda codes, scales, width: (codes - 1).astype(jnp.float32) * scales,
         errors=errors,
@@ -256,7 +277,6 @@ def natural() -> Compressor:
         widths=(9,),
         row=_ROW,
         contraction=(True,),
-        scales=_Scales(0, True, lambda layout, x: jnp.zeros((layout.num_layers, 0))),
         encode=encode,
         decode=decode,
         errors=errors,
@@ -295,7 +315,6 @@ def cast() -> Compressor:
         widths=(16,),
         row=_ROW,
         contraction=(True,),
-        scales=_Scales(0, True, lambda layout, x: jnp.zeros((layout.num_layers, 0))),
         encode=encode,
         decode=decode,
         errors=errors,
@@ -317,30 +336,37 @@ def identity() -> Compressor:
         linear=True,
         words=lambda layout: layout.sizes[:, None],
         errors=lambda layout, x: jnp.zeros((layout.num_layers, 1)),
-        encode=lambda layout, x, levels, keys: (x, x),
+        init=lambda layout: (),
+        encode=lambda layout, x, levels, keys, state: (x, x, state),
         pack=lambda layout, units, levels, capacity: (
-            wire.fit(wire.to_words(units), capacity)[None],
+            wire.fit(wire.to_words(units), capacity),
             (),
         ),
         decode=lambda layout, messages, levels, shared: wire.to_floats(
-            messages[0, 0, : layout.size]
+            messages[0, : layout.size]
         ),
     )
 
 
-class _Scales(NamedTuple):
-    """The scales of a message."""
-
-    count: int  # float32 numbers for each bucket or layer
-    per_layer: bool
-    measure: Callable  # (layout, x [R, row]) -> float32[R or L, count]
-
-
-class Codes(NamedTuple):
+class Units(NamedTuple):
     """The units of a quantiser."""
 
-    planes: jax.Array  # uint32[widest, size / 32]
+    codes: Any  # as its body stores them
     scales: jax.Array  # float32[R or L, count]
+
+
+class _Body(NamedTuple):
+    """How codes become words."""
+
+    unit: int  # elements whose words lie together
+    store: Callable  # codes int32[R, row] -> stored
+    load: Callable  # stored -> codes int32[R, row]
+    # (stored, order int[S, R], rows [S, R], words) -> uint32[S, words]
+    pack: Callable
+    # (uint32[S, words], rows [S, R], natural) -> stored: of all S R rows, or of the
+    # rows int[R'] among them that `natural` lists
+    unpack: Callable
+    words: Callable  # rows [S, R] -> words of each of S messages
 
 
 def _quantiser(
@@ -350,90 +376,103 @@ def _quantiser(
     widths: tuple[int, ...],
     row: int,
     contraction: tuple[bool, ...],
-    scales: _Scales,
     encode: Callable,  # (x [R, row], scales [R, k], width [R], key) -> codes [R, row]
     decode: Callable,  # (codes [R, row], scales [R, k], width [R]) -> float32[R, row]
     errors: Callable,
+    count: int = 0,  # scales, float32 numbers, of each row or layer
+    measure: Callable | None = None,  # (x [R, row], rows) -> scales float32[R, count]
+    measure_layers: Callable | None = None,  # (layout, x [R, row]) -> float32[L, count]
+    twice: tuple[bool, ...] | None = None,
 ) -> Compressor:
     """Builds a compressor from the meaning of its codes."""
-
-    def scale_words(layout: Layout) -> np.ndarray:
-        """Words of scales of each layer, int64[L]."""
-        return scales.count * (1 if scales.per_layer else layout.rows)
-
-    def code_words(layout: Layout) -> np.ndarray:
-        """Words of one bit plane of each layer, int64[L]."""
-        return -(-layout.sizes // wire.WORD)
+    body = _fields(widths[0], row) if len(widths) == 1 else _planes(max(widths), row)
+    per_layer = measure_layers is not None
 
     def words(layout: Layout) -> np.ndarray:
-        planes = code_words(layout)[:, None] * np.array(widths)
-        return (
-            planes + np.broadcast_to(scale_words(layout), layout.sizes.shape)[:, None]
-        )
+        units = -(-layout.sizes // body.unit)
+        codes = units[:, None] * np.array(widths) * (body.unit // wire.WORD)
+        return codes + count * (1 if per_layer else layout.rows[:, None])
 
-    def spread(layout: Layout, values: jax.Array) -> jax.Array:
-        return values[layout.row_layer] if scales.per_layer else values
+    def rows_of(layout: Layout, levels: Any) -> Rows:
+        width = np.array(widths, np.int32)
+        if not isinstance(levels, np.ndarray):
+            width = jnp.where(levels < 0, 0, jnp.array(width)[levels])
+        else:
+            width = width[levels]
+        full = bool((layout.row_valid == row).all())
+        return Rows(layout.row_valid[None], width[layout.row_layer][None], full)
 
-    def value(layout: Layout, codes: jax.Array, s: jax.Array, width: jax.Array):
-        x_hat = decode(codes, spread(layout, s), width[layout.row_layer])
-        return jnp.where(layout.valid(), x_hat, 0).reshape(-1)
+    def value(units: Units, rows: Rows) -> jax.Array:
+        x_hat = decode(body.load(units.codes), units.scales, rows.width.reshape(-1))
+        if rows.full:
+            return x_hat
+        valid = jnp.asarray(rows.valid).reshape(-1, 1)
+        return jnp.where(jnp.arange(row, dtype=jnp.int32) < valid, x_hat, 0)
 
-    def encode_all(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys):
-        x = x.reshape(-1, row)
-        width = jnp.array(widths, jnp.int32)[levels]
-        s = scales.measure(layout, x)
-        codes = encode(x, spread(layout, s), width[layout.row_layer], keys.worker)
-        # Without the barrier every plane would compute the codes again.
-        stored = lax.optimization_barrier(codes)
-        bits = (stored.reshape(1, -1) >> np.arange(max(widths))[:, None]) & 1
-        return Codes(wire.pack_bits(bits), s), value(layout, codes, s, width)
+    def encode_rows(x: jax.Array, rows: Rows, key: jax.Array, scales=None) -> Units:
+        if scales is None:
+            scales = measure(x, rows) if count else jnp.zeros((len(x), 0))
+        # The barrier keeps the pass that measures apart from the one that rounds.
+        scales = lax.optimization_barrier(scales)
+        codes = encode(x, scales, rows.width.reshape(-1), key)
+        return Units(body.store(codes), scales)
 
-    def pack(layout: Layout, units: Codes, levels: jax.Array, capacity: int):
-        width = jnp.array(widths, jnp.int32)[levels]
-        plane_words = jnp.asarray(code_words(layout), jnp.int32)
-        head = wire.to_words(units.scales.reshape(-1))
-        layer, offset, used = wire.segments(
-            width * plane_words, max(0, capacity - head.size)
-        )
-        first = jnp.asarray(layout.first_row * (row // wire.WORD), jnp.int32)
-        plane, word = offset // plane_words[layer], offset % plane_words[layer]
-        body = units.planes[plane, first[layer] + word]
-        message = jnp.concatenate([head, jnp.where(used, body, 0)])
-        return wire.fit(message, capacity)[None], ()
+    def pack_rows(units: Units, order: np.ndarray, rows: Rows, words: int):
+        heads = wire.to_words(units.scales)
+        if order.size != len(heads):  # some are padding
+            heads = jnp.concatenate([heads, jnp.zeros_like(heads[:1])])
+        heads = heads[order].reshape(len(order), -1)
+        codes = body.pack(units.codes, order, rows, words - heads.shape[1])
+        return jnp.concatenate([heads, codes], axis=1)
 
-    def unpack(layout: Layout, message: jax.Array, width: jax.Array) -> jax.Array:
-        """The codes of a message, int32[R, row]."""
-        count = code_words(layout)
-        word_layer = np.repeat(layout.row_layer, row // wire.WORD)
-        first = layout.first_row * (row // wire.WORD)
-        within = np.arange(word_layer.size) - first[word_layer]
-        lengths = width * jnp.asarray(count, jnp.int32)
-        start = (jnp.cumsum(lengths) - lengths)[word_layer] + within
-        plane = np.arange(max(widths))[:, None]
-        sent = (plane < width[word_layer]) & (within < count[word_layer])
-        words = message.at[start + plane * count[word_layer]].get(mode="clip")
-        # Likewise every element would fetch its word again.
-        words = lax.optimization_barrier(jnp.where(sent, words, 0))
-        bits = wire.unpack_bits(words).astype(jnp.int32)
-        return jnp.sum(bits << plane, axis=0).reshape(-1, row)
+    def unpack_rows(messages: jax.Array, rows: Rows, natural=None) -> Units:
+        head = rows.valid.shape[1] * count
+        scales = wire.to_floats(messages[:, :head]).reshape(rows.valid.size, count)
+        codes = body.unpack(messages[:, head:], rows, natural)
+        return Units(codes, scales if natural is None else scales[natural])
 
-    def decode_mean(layout: Layout, messages: jax.Array, levels: jax.Array, shared):
+    def spread(layout: Layout, scales: jax.Array) -> jax.Array:
+        return scales[layout.row_layer]
+
+    def encode_all(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys, state):
+        rows, x = rows_of(layout, levels), x.reshape(-1, row)
+        scales = measure_layers(layout, x) if per_layer else None
+        of_rows = spread(layout, scales) if per_layer else None
+        units = encode_rows(x, rows, keys.worker, of_rows)
+        sent = value(units, rows).reshape(-1)
+        return units._replace(scales=scales) if per_layer else units, sent, state
+
+    def pack(layout: Layout, units: Units, levels: jax.Array, capacity: int):
+        rows, order = rows_of(layout, levels), np.arange(layout.num_rows)[None]
+        if not per_layer:
+            return pack_rows(units, order, rows, capacity)[0], ()
+        head = wire.to_words(units.scales).reshape(-1)
+        codes = body.pack(units.codes, order, rows, capacity - head.size)
+        return jnp.concatenate([head, codes[0]]), ()
+
+    def decode_all(layout: Layout, messages: jax.Array, levels: jax.Array, shared):
         del shared
-        width = jnp.array(widths, jnp.int32)[levels]
-        shape = (
-            layout.num_layers if scales.per_layer else layout.num_rows,
-            scales.count,
-        )
-        head = int(np.prod(shape))
+        rows, head = rows_of(layout, levels), layout.num_layers * count
 
-        def add(i: jax.Array, total: jax.Array) -> jax.Array:
-            s = wire.to_floats(messages[i, 0, :head]).reshape(shape)
-            codes = unpack(layout, messages[i, 0, head:], width)
-            return total + value(layout, codes, s, width)
+        def part(message: jax.Array) -> jax.Array:
+            if not per_layer:
+                return value(unpack_rows(message[None], rows), rows)
+            scales = wire.to_floats(message[:head]).reshape(-1, count)
+            codes = body.unpack(message[None, head:], rows, None)
+            return value(Units(codes, spread(layout, scales)), rows)
 
-        zero = jnp.zeros((layout.size,), jnp.float32)
-        return lax.fori_loop(0, messages.shape[0], add, zero) / messages.shape[0]
+        return mean_of(messages, part).reshape(-1)
 
+    codec = RowCodec(
+        dealt=len(widths) > 1,
+        again=twice or contraction,
+        rows=rows_of,
+        words=lambda rows: body.words(rows) + count * rows.valid.shape[1],
+        encode=encode_rows,
+        value=value,
+        pack=pack_rows,
+        unpack=unpack_rows,
+    )
     return Compressor(
         name=name,
         levels=levels,
@@ -442,10 +481,169 @@ def _quantiser(
         linear=False,
         words=words,
         errors=errors,
+        init=lambda layout: (),
         encode=encode_all,
         pack=pack,
-        decode=decode_mean,
+        decode=decode_all,
+        rows=None if per_layer else codec,
     )
+
+
+def mean_of(messages: jax.Array, part: Callable) -> jax.Array:
+    """Mean of what messages say; of a few in one pass over the result."""
+    count = len(messages)
+    if count <= 8:
+        total = part(messages[0])
+        for i in range(1, count):
+            total += part(messages[i])
+    else:
+        add = lambda i, total: total + part(messages[i])
+        total = lax.fori_loop(1, count, add, part(messages[0]))
+    return total if count == 1 else total * np.float32(1 / count)
+
+
+def _fields(width: int, row: int) -> _Body:
+    """Codes of one width, neighbours in one word.
+
+    A width that does not divide 32 is split into powers of two, 9 = 8 + 1. Where the
+    rows of a message are those of a layout in their order, units that hold nothing
+    are left out.
+    """
+    unit = int(np.gcd(row, 256))
+    parts = [f for f in (16, 8, 4, 2, 1) if width & f]  # bits of each field
+    shifts = [sum(parts[:i]) for i in range(len(parts))]
+    ones = lambda f: jnp.int32((1 << f) - 1)
+    lanes = lambda f: f * np.arange(wire.WORD // f, dtype=np.int32)
+
+    def store(codes: jax.Array) -> list[jax.Array]:
+        if len(parts) > 1:
+            codes = lax.optimization_barrier(codes)
+        fields = []
+        for f, shift in zip(parts, shifts, strict=True):
+            bits = ((codes >> shift) & ones(f)) if len(parts) > 1 else codes
+            bits = bits.reshape(len(codes), -1, wire.WORD // f) << lanes(f)
+            fields.append(jnp.sum(bits, axis=-1, dtype=jnp.int32))
+        return lax.optimization_barrier(fields)
+
+    def load(fields: list[jax.Array]) -> jax.Array:
+        codes = jnp.int32(0)
+        for words, f, shift in zip(fields, parts, shifts, strict=True):
+            bits = (words[:, :, None] >> lanes(f)) & ones(f)
+            codes |= bits.reshape(len(words), row) << shift
+        return codes
+
+    def sent_units(rows: Rows) -> np.ndarray | None:
+        """Units that are sent; None for all."""
+        if rows.full or not isinstance(rows.valid, np.ndarray) or len(rows.valid) > 1:
+            return None
+        first = np.arange(row // unit) * unit
+        return np.flatnonzero(first < rows.valid.reshape(-1, 1))
+
+    def pack(fields: list[jax.Array], order: np.ndarray, rows: Rows, words: int):
+        chosen, out = sent_units(rows), []
+        for x, f in zip(fields, parts, strict=True):
+            x = jnp.pad(x, ((0, order.size - len(x)), (0, 0)))
+            if chosen is not None:
+                x = x.reshape(-1, unit * f // wire.WORD)[chosen]
+            out.append(x.reshape(len(order), -1))
+        message = jnp.concatenate(out, axis=1)
+        message = jnp.pad(message, ((0, 0), (0, words - message.shape[1])))
+        return lax.bitcast_convert_type(message, jnp.uint32)
+
+    def unpack(messages: jax.Array, rows: Rows, natural) -> list[jax.Array]:
+        messages = lax.bitcast_convert_type(messages, jnp.int32)
+        chosen, fields, at = sent_units(rows), [], 0
+        count = rows.valid.size * (row // unit)
+        each = len(chosen) if chosen is not None else count // len(messages)
+        for f in parts:
+            size = each * unit * f // wire.WORD
+            x = messages[:, at : at + size]
+            at += size
+            if chosen is not None:
+                x = x.reshape(each, -1)
+                x = jnp.zeros((count, x.shape[1]), x.dtype).at[chosen].set(x)
+            x = x.reshape(rows.valid.size, -1)
+            fields.append(x if natural is None else x[: len(natural)])
+        return fields
+
+    def words(rows: Rows) -> np.ndarray:
+        chosen = sent_units(rows)
+        each = rows.valid.shape[1] * (row // unit) if chosen is None else len(chosen)
+        return np.full(len(rows.valid), each * unit * width // wire.WORD)
+
+    return _Body(unit, store, load, pack, unpack, words)
+
+
+def _planes(widest: int, row: int) -> _Body:
+    """Codes of a width for each row, known at run time: bit planes of units.
+
+    Codes are stored as bytes. A unit's plane is `unit` bits; a message is, row by row
+    and unit by unit, as many planes as the row's width says, fetched by one gather.
+    """
+    unit = int(np.gcd(row, 256))
+    per_row, size = row // unit, unit // wire.WORD  # units in a row, words in a plane
+    bytes_ = np.arange(0, wire.WORD, 8, dtype=np.uint32)
+    steps = np.arange(8, dtype=np.uint32)[:, None]
+    ones = np.uint32(0x01010101)  # one bit of each of the four bytes of a word
+
+    def store(codes: jax.Array) -> jax.Array:
+        codes = lax.bitcast_convert_type(codes, jnp.uint32)
+        codes = codes.reshape(len(codes), row // 4, 4) << bytes_
+        return lax.optimization_barrier(jnp.sum(codes, axis=-1, dtype=jnp.uint32))
+
+    def load(stored: jax.Array) -> jax.Array:
+        codes = (stored[:, :, None] >> bytes_) & np.uint32(255)
+        return codes.reshape(len(stored), row).astype(jnp.int32)
+
+    def lengths(rows: Rows) -> Any:
+        """Planes of each unit, int[S, R, per_row]."""
+        first = np.arange(per_row, dtype=np.int32) * unit
+        used = (first < rows.valid[..., None]).astype(np.int32)
+        return used * rows.width[..., None]
+
+    def words(rows: Rows) -> Any:
+        return lengths(rows).sum((1, 2)) * size
+
+    def pack(stored: jax.Array, order: np.ndarray, rows: Rows, words: int):
+        bits = stored.reshape(-1, 1, 8, size)
+        bits = (bits >> np.arange(widest, dtype=np.uint32)[:, None, None]) & ones
+        planes = jnp.sum(bits << steps, axis=2, dtype=jnp.uint32).reshape(-1, size)
+        planes = lax.optimization_barrier(planes)
+
+        def message(order: jax.Array, lengths: jax.Array) -> jax.Array:
+            ends = jnp.cumsum(lengths.reshape(-1))
+            start = ends - lengths.reshape(-1)
+            slot = jnp.arange(words // size, dtype=jnp.int32)
+            at = wire.owner(start, slot.size)
+            source = (order[at // per_row] * per_row + at % per_row) * widest
+            source += slot - start[at]
+            taken = planes.at[source].get(mode="clip")
+            return jnp.where((slot < ends[-1])[:, None], taken, 0).reshape(-1)
+
+        sent = jax.vmap(message)(jnp.asarray(order, jnp.int32), lengths(rows))
+        return jnp.pad(sent, ((0, 0), (0, words - sent.shape[1])))
+
+    def unpack(messages: jax.Array, rows: Rows, natural) -> jax.Array:
+        count = jnp.asarray(lengths(rows), jnp.int32)
+        slots = messages.shape[1] // size
+        table = messages[:, : slots * size].reshape(-1, size)
+        ends = jnp.cumsum(count.reshape(len(messages), -1), axis=1)
+        start = ends.reshape(count.shape) - count
+        start += np.arange(len(messages), dtype=np.int32)[:, None, None] * slots
+        start, count = start.reshape(-1, per_row), count.reshape(-1, per_row)
+        if natural is not None:
+            start, count = start[natural], count[natural]
+        start, count = start.reshape(-1), count.reshape(-1)
+        planes = [
+            jnp.where((p < count)[:, None], table.at[start + p].get(mode="clip"), 0)
+            for p in range(widest)
+        ]
+        stored = jnp.uint32(0)
+        for p, plane in enumerate(lax.optimization_barrier(planes)):
+            stored |= ((plane[:, None, :] >> steps) & ones) << p
+        return lax.optimization_barrier(stored.reshape(-1, row // 4))
+
+    return _Body(unit, store, load, pack, unpack, words)
 
 
 def _check_bucket(name: str, bucket_size: int) -> None:

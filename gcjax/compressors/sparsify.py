@@ -44,29 +44,48 @@ class Selected(NamedTuple):
     mask: jax.Array  # uint32[size / 32], which entries are sent
 
 
-def top_k(densities: float | Sequence[float] = DENSITIES) -> Compressor:
-    """Keeps the entries of largest magnitude of every layer, exactly.
+def top_k(
+    densities: float | Sequence[float] = DENSITIES, tolerance: float = 0.0
+) -> Compressor:
+    """Keeps the entries of largest magnitude of every layer.
 
-    A layer of n elements keeps k = max(1, floor(density * n)); of equal magnitudes the
-    first ones. The threshold is found by 31 counting passes over the bits of the
-    magnitudes: no sort, and no work that grows with k or with the number of layers.
+    A layer of n elements keeps k = max(1, floor(density * n)). With `tolerance=0` these
+    are exactly the k largest, of equal magnitudes the first ones: the threshold is
+    found by 31 counting passes over the bits of the magnitudes. With a tolerance the
+    search starts from the threshold of the step before and ends, mostly after one to
+    three passes, once the layers' counts, added up, are off by at most half of it; it
+    aims half of it below k, and entries beyond k wait in the error.
 
     Args:
       densities: Fractions of entries kept, in (0, 1]; one, or a ladder.
+      tolerance: Largest share of all entries to be sent by which counts may be off,
+        in [0, 1).
 
-    Payload: `values` float32[k], `indices` uint32[k]: 64 k bits.
-    Properties: contraction, ||x - C(x)||^2 <= (1 - k/n) ||x||^2; biased, so it wants
-      error feedback.
+    Payload: per layer `values` float32[k], and the shortest of three codes of their
+      places: 16 k bits relative to blocks of 65,536 elements, with a 32-bit count per
+      block if there is more than one; a bitmap of n bits, padded to rows of 256; or
+      32 k bits. Unused room of a tolerance is sent too.
+    Properties: contraction, ||x - C(x)||^2 <= (1 - k/n) ||x||^2, with a tolerance
+      k (1 - tolerance) in place of k over all layers; biased, so it wants error
+      feedback.
     Raises:
-      ValueError: for a density outside (0, 1].
+      ValueError: for a density outside (0, 1] or a tolerance outside [0, 1).
     References: Stich et al., 2018, Sparsified SGD with Memory, arXiv:1809.07599.
     """
     densities = base.ladder(densities, "density", 0.0, 1.0)
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"top_k: tolerance must be in [0, 1), got {tolerance}")
 
-    def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys):
+    def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys, state):
         del keys
-        k = base.pick(_counts(layout, densities), levels)
-        return _keep(x, _largest(layout, _magnitudes(layout, x), k))
+        k = _picked(_counts(layout, densities), levels)
+        if not tolerance:
+            mask = _largest(layout, _magnitudes(layout, x), k)
+        else:
+            bound, state = _search(layout, x, k, tolerance, state)
+            hits = jnp.abs(x).reshape(-1, _ROW) >= bound[layout.row_layer][:, None]
+            mask = _first_of_each_layer(layout, wire.pack_bits(hits.reshape(-1)), k)
+        return *_keep(x, mask), state
 
     return Compressor(
         name="top_k",
@@ -74,12 +93,15 @@ def top_k(densities: float | Sequence[float] = DENSITIES) -> Compressor:
         row=_ROW,
         contraction=(True,) * len(densities),
         linear=False,
-        words=lambda layout: 2 * _counts(layout, densities),
+        words=lambda layout: _indexed_words(layout, _counts(layout, densities))[0],
         errors=functools.partial(_tail_energy, densities=densities),
+        # log2 of the threshold, and its slope; zeros where nothing is known yet.
+        init=lambda layout: (
+            jnp.zeros((2, layout.num_layers), jnp.float32) if tolerance else ()
+        ),
         encode=encode,
-        pack=_pack_indexed,
-        decode=_decode_indexed,
-        lanes=2,
+        pack=functools.partial(_pack_indexed, densities),
+        decode=functools.partial(_decode_indexed, densities),
     )
 
 
@@ -110,14 +132,14 @@ def random_k(
     def kept(layout: Layout) -> np.ndarray:
         return _counts(layout, densities) / layout.sizes[:, None]
 
-    def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys):
+    def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys, state):
         scores = wire.random_words(keys.shared, layout.size).reshape(-1, _ROW) >> 1
         scores = jnp.where(layout.valid(), scores | 1, 0)
-        k = base.pick(_counts(layout, densities), levels)
+        k = _picked(_counts(layout, densities), levels)
         if unbiased:
-            scale = base.pick(1 / kept(layout), levels)[layout.row_layer]
+            scale = _picked(1 / kept(layout), levels)[layout.row_layer]
             x = (x.reshape(-1, _ROW) * scale[:, None]).reshape(-1)
-        return _keep(x, _largest(layout, scores, k))
+        return *_keep(x, _largest(layout, scores, k)), state
 
     def errors(layout: Layout, x: jax.Array) -> jax.Array:
         energy = layout.sum_rows(jnp.sum(x.reshape(-1, _ROW) ** 2, axis=1))
@@ -132,6 +154,7 @@ def random_k(
         linear=True,
         words=lambda layout: _counts(layout, densities),
         errors=errors,
+        init=lambda layout: (),
         encode=encode,
         pack=_pack_values,
         decode=_decode_values,
@@ -149,7 +172,7 @@ def threshold(value: float, density: float = 0.01) -> Compressor:
       value: Least magnitude that is sent, positive, in units of the gradient.
       density: Expected fraction of entries at or above it, in (0, 1].
 
-    Payload: `values` float32[k], `indices` uint32[k], unused ones included: 64 k bits.
+    Payload: as `top_k` with k the room, unused slots included.
     Properties: ||x - C(x)|| <= ||x||, without a constant below 1 (nothing is sent if
       nothing passes); the error stays bounded with error feedback because an entry is
       sent once it has grown to `value`, as long as the room suffices.
@@ -172,9 +195,9 @@ def threshold(value: float, density: float = 0.01) -> Compressor:
         rest = jnp.where(kept, 0, x).reshape(-1, _ROW)
         return layout.sum_rows(jnp.sum(rest**2, axis=1))[:, None]
 
-    def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys):
+    def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys, state):
         del levels, keys
-        return _keep(x, passing(layout, x))
+        return *_keep(x, passing(layout, x)), state
 
     return Compressor(
         name="threshold",
@@ -182,12 +205,12 @@ def threshold(value: float, density: float = 0.01) -> Compressor:
         row=_ROW,
         contraction=(True,),
         linear=False,
-        words=lambda layout: 2 * _counts(layout, densities),
+        words=lambda layout: _indexed_words(layout, _counts(layout, densities))[0],
         errors=errors,
+        init=lambda layout: (),
         encode=encode,
-        pack=_pack_indexed,
-        decode=_decode_indexed,
-        lanes=2,
+        pack=functools.partial(_pack_indexed, densities),
+        decode=functools.partial(_decode_indexed, densities),
     )
 
 
@@ -196,6 +219,11 @@ def _counts(layout: Layout, densities: tuple[float, ...]) -> np.ndarray:
     # The least float error must not cost an entry: 0.29 * 100 is 28.999...
     exact = np.floor(layout.sizes[:, None] * np.array(densities) * (1 + 1e-12))
     return np.maximum(1, exact).astype(np.int64)
+
+
+def _picked(table: np.ndarray, levels: jax.Array) -> jax.Array:
+    """Each layer's entry of a table [L, V], 0 for layers that are not sent."""
+    return jnp.where(levels < 0, 0, base.pick(table, jnp.maximum(levels, 0)))
 
 
 def _magnitudes(layout: Layout, x: jax.Array) -> jax.Array:
@@ -210,13 +238,12 @@ def _largest(layout: Layout, scores: jax.Array, k: jax.Array) -> jax.Array:
     Args:
       layout: L layers in R rows.
       scores: uint32[R, row], below 2^31, 0 in the padding.
-      k: int32[L], at least 1 and at most the layer's size.
+      k: int32[L], at most the layer's size.
     """
     scores = scores.astype(jnp.int32)  # signed comparisons vectorise on CPUs
 
     def count(bound: jax.Array) -> jax.Array:
-        hits = scores >= bound[layout.row_layer][:, None]
-        return layout.sum_rows(jnp.sum(hits, axis=1, dtype=jnp.int32))
+        return _count(layout, scores >= bound[layout.row_layer][:, None])
 
     def descend(i: jax.Array, least: jax.Array) -> jax.Array:
         bound = least | (jnp.int32(1) << (30 - i))
@@ -235,14 +262,86 @@ def _largest(layout: Layout, scores: jax.Array, k: jax.Array) -> jax.Array:
     return above | _first_of_each_layer(layout, equal, room)
 
 
+def _count(layout: Layout, hits: jax.Array) -> jax.Array:
+    """How many of bool[R, row] are set in each layer, int32[L].
+
+    By way of packed words, whose bits `popcount` adds: a sum along a row does not
+    vectorise on CPUs. Which bit of a row stands where does not matter here, and so
+    rows are packed across, which does.
+    """
+    lanes = hits.reshape(-1, wire.WORD, _ROW // wire.WORD).astype(jnp.int32)
+    bits = jnp.sum(lanes << np.arange(32, dtype=np.int32)[:, None], axis=1)
+    counts = jnp.sum(lax.population_count(bits), axis=1, dtype=jnp.int32)
+    ends = jnp.cumsum(counts)[layout.first_row + layout.rows - 1]
+    return jnp.diff(ends, prepend=jnp.int32(0))
+
+
+def _search(layout: Layout, x: jax.Array, k: jax.Array, tolerance: float, state):
+    """Thresholds above which nearly k[l] magnitudes of each layer lie.
+
+    Secant steps on the logarithm of the count against that of the threshold, which is
+    nearly straight; where a step leaves what is known to bracket the threshold, the
+    bracket is halved.
+
+    Returns:
+      float32[L], and the state for the next step's search.
+    """
+    magnitude = jnp.abs(x).reshape(-1, _ROW)
+    k = k.astype(jnp.float32)
+    aim = jnp.maximum(k * (1 - tolerance / 2), 0.5)
+    slack = tolerance / 2 * jnp.sum(k)
+    old, slope = state
+    top = jnp.log2(layout.max_rows(jnp.max(magnitude, axis=1)))
+    top = jnp.maximum(top, -140.0)  # of a layer of zeros
+    at = jnp.where((old != 0) & (old < top), old, top - 2)
+    slope = jnp.where(slope < 0, slope, -4.0)
+
+    def miss(count: jax.Array) -> jax.Array:
+        return jnp.log2(jnp.maximum(count, 0.5)) - jnp.log2(aim)
+
+    def off(count: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(k > 0, jnp.abs(count - aim), 0))
+
+    def count_at(at: jax.Array) -> jax.Array:
+        bound = jnp.exp2(at)[layout.row_layer][:, None]
+        return _count(layout, magnitude >= bound).astype(jnp.float32)
+
+    def refine(carry: tuple) -> tuple:
+        i, at, count, low, high, slope = carry
+        low = jnp.where(count > aim, at, low)  # too many: the threshold lies above
+        high = jnp.where(count > aim, high, at)
+        step = at - miss(count) / slope
+        step = jnp.where((step > low) & (step < high), step, (low + high) / 2)
+        new = count_at(step)
+        moved = (miss(new) - miss(count)) / jnp.where(step == at, 1, step - at)
+        slope = jnp.where(moved < -0.1, moved, slope)
+        return i + 1, step, new, low, high, slope
+
+    def more(carry: tuple) -> jax.Array:
+        i, _, count, *_ = carry
+        return (i < 40) & (off(count) > slack)
+
+    start = (jnp.int32(0), at, count_at(at), top - 40, top + 1e-3, slope)
+    _, at, count, low, _, slope = lax.while_loop(more, refine, start)
+    # Ties may leave no threshold with the right count: rather too many, cut to k.
+    at = jnp.where((count < aim) & (off(count) > slack), low, at)
+    bound = jnp.where(k > 0, jnp.exp2(at), jnp.inf)
+    return bound, jnp.stack([at, slope])
+
+
 def _first_of_each_layer(layout: Layout, mask: jax.Array, room: jax.Array) -> jax.Array:
     """Keeps the first room[l] set bits of each layer of a packed mask."""
-    words_per_row = _ROW // wire.WORD
-    word_layer = np.repeat(layout.row_layer, words_per_row)
+    word_layer, counts, before = _word_counts(layout, mask)
+    return wire.keep_lowest(mask, jnp.maximum(room[word_layer] - before, 0))
+
+
+def _word_counts(layout: Layout, mask: jax.Array):
+    """Of each word of a packed mask: its layer, set bits, and those before in it."""
+    per_row = _ROW // wire.WORD
+    word_layer = np.repeat(layout.row_layer, per_row)
     counts = lax.population_count(mask).astype(jnp.int32)
-    before = jnp.cumsum(counts) - counts
-    start = before[layout.first_row * words_per_row]
-    return wire.keep_lowest(mask, jnp.maximum((room + start)[word_layer] - before, 0))
+    before = wire.running_sum(counts) - counts
+    return word_layer, counts, before - before[layout.first_row * per_row][word_layer]
 
 
 def _keep(x: jax.Array, mask: jax.Array) -> tuple[Selected, jax.Array]:
@@ -250,51 +349,155 @@ def _keep(x: jax.Array, mask: jax.Array) -> tuple[Selected, jax.Array]:
     return Selected(x, mask), jnp.where(kept, x, 0)
 
 
-def _pack_indexed(layout, units: Selected, levels, capacity: int):
-    del layout, levels
-    indices = wire.positions(units.mask, capacity // 2)
-    values = units.x.at[indices].get(mode="fill", fill_value=0)
-    return jnp.stack([wire.to_words(values), indices.astype(jnp.uint32)]), ()
+# Codes of places, the shortest of which a layer has at a level.
+_BLOCKS, _BITMAP, _PLAIN = 0, 1, 2
+_BLOCK = 2**16  # elements, so that places in it take 16 bits
 
 
-def _decode_indexed(layout, messages, levels, shared) -> jax.Array:
-    del levels, shared
+def _blocks(layout: Layout) -> np.ndarray:
+    """Counts of blocks that a layer sends with 16-bit places, int64[L]."""
+    blocks = -(-layout.sizes // _BLOCK)
+    return np.where(blocks > 1, blocks, 0)
 
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        values, indices = messages[i]
-        # Within a message indices are unique, so sums have one order on every device.
-        return total.at[indices.astype(jnp.int32)].add(
-            wire.to_floats(values),
-            mode="drop",
-            unique_indices=True,
-            indices_are_sorted=True,
-        )
 
-    count = messages.shape[0]
-    total = lax.fori_loop(0, count, add, jnp.zeros((layout.size,), jnp.float32))
-    return total / count
+def _indexed_words(layout: Layout, k: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Words of a layer with k[L, V] entries, and the code of their places, [L, V]."""
+    bitmap = np.broadcast_to(layout.rows[:, None] * (_ROW // wire.WORD), k.shape)
+    codes = np.stack([(k + 1) // 2 + _blocks(layout)[:, None], bitmap, k])
+    return k + codes.min(0), codes.argmin(0)
+
+
+class _Plan(NamedTuple):
+    """Where everything lies in a message: all values, then the places of each layer."""
+
+    k: jax.Array  # int32[L], entries
+    first: jax.Array  # int32[L], slot of a layer's first value
+    used: jax.Array  # int32, slots of values in all
+    places: jax.Array  # int32[L], first word of a layer's places
+    words: jax.Array  # int32[L], words of a layer's places
+    code: jax.Array  # int32[L]
+
+
+def _plan(layout: Layout, densities: tuple[float, ...], levels: jax.Array) -> _Plan:
+    counts = _counts(layout, densities)
+    words, code = _indexed_words(layout, counts)
+    pick = lambda table: _picked(table.astype(np.int32), levels)
+    k, words = pick(counts), pick(words - counts)
+    ends, used = jnp.cumsum(k), jnp.sum(k)
+    return _Plan(k, ends - k, used, used + jnp.cumsum(words) - words, words, pick(code))
+
+
+def _first_slots(layout: Layout, mask: jax.Array, plan: _Plan) -> jax.Array:
+    """Slot of each word's first entry, int32[size / 32]."""
+    word_layer, _, before = _word_counts(layout, mask)
+    return plan.first[word_layer] + before
+
+
+def _pack_indexed(densities, layout, units: Selected, levels, capacity: int):
+    plan = _plan(layout, densities, levels)
+    starts = _first_slots(layout, units.mask, plan)
+    place, used = wire.positions(units.mask, starts, capacity)
+    values = jnp.where(used, units.x.at[place].get(mode="clip"), 0)
+    origin = jnp.asarray(layout.first_row * _ROW, jnp.int32)
+    layer_of_word = jnp.asarray(np.repeat(layout.row_layer, _ROW // wire.WORD))
+    layer = layer_of_word[jnp.minimum(place // wire.WORD, layer_of_word.size - 1)]
+    local = jnp.where(used, place - origin[layer], 0).astype(jnp.uint32)
+
+    # The words after the values, each from what its layer's code says.
+    slot = jnp.arange(capacity, dtype=jnp.int32)
+    layer = wire.owner(plan.places, capacity)
+    offset = slot - plan.places[layer]
+    first = plan.first[layer]
+    word = jnp.asarray(layout.first_row * (_ROW // wire.WORD), jnp.int32)[layer]
+    begun = starts.at[word + offset * (_BLOCK // wire.WORD)].get(mode="clip") - first
+    blocks = jnp.asarray(_blocks(layout), jnp.int32)[layer]
+    pair = first + 2 * (offset - blocks)
+    half = lambda at: local.at[at].get(mode="clip") & np.uint32(_BLOCK - 1)
+    both = (
+        half(pair)
+        | jnp.where(pair + 1 < first + plan.k[layer], half(pair + 1), 0) << 16
+    )
+    in_blocks = jnp.where(offset < blocks, begun.astype(jnp.uint32), both)
+    plain = local.at[first + offset].get(mode="clip")
+    bitmap = units.mask.at[word + offset].get(mode="clip")
+    code = plan.code[layer]
+    places = jnp.where(code == _BLOCKS, in_blocks, plain)
+    places = jnp.where(code == _BITMAP, bitmap, places)
+    places = jnp.where(offset < plan.words[layer], places, 0)
+    return jnp.where(slot < plan.used, wire.to_words(values), places), ()
+
+
+def _decode_indexed(densities, layout, messages, levels, shared) -> jax.Array:
+    del shared
+    plan = _plan(layout, densities, levels)
+    capacity = messages.shape[1]
+    slot = jnp.arange(capacity, dtype=jnp.int32)
+    layer = wire.owner(plan.first, capacity)
+    offset = slot - plan.first[layer]
+    origin = jnp.asarray(layout.first_row * _ROW, jnp.int32)
+    code, places = plan.code[layer], plan.places[layer]
+
+    # Blocks of 65,536 elements; a layer without counts of them is one block.
+    count = _blocks(layout)
+    blocks = np.maximum(count, 1)
+    block_layer = np.repeat(np.arange(layout.num_layers), blocks)
+    block = np.arange(block_layer.size) - (np.cumsum(blocks) - blocks)[block_layer]
+    block_base = jnp.asarray(block * _BLOCK, jnp.int32)
+    counted = (count[block_layer] > 0) & (plan.code == _BLOCKS)[block_layer]
+    half_word = places + jnp.asarray(count, jnp.int32)[layer] + offset // 2
+    half_shift = (16 * (offset % 2)).astype(jnp.uint32)
+
+    codes = _indexed_words(layout, _counts(layout, densities))[1]
+    may_be_bitmap = (codes == _BITMAP).any()
+    word_layer = np.repeat(layout.row_layer, _ROW // wire.WORD)
+    within = np.arange(word_layer.size) - (layout.first_row * (_ROW // 32))[word_layer]
+
+    def from_bitmaps(message: jax.Array) -> jax.Array:
+        here = (plan.code == _BITMAP) & (plan.k > 0)
+        mask = message.at[plan.places[word_layer] + within].get(mode="clip")
+        mask = jnp.where(here[word_layer], mask, 0)
+        return wire.positions(mask, _first_slots(layout, mask, plan), capacity)[0]
+
+    def add(message: jax.Array, total: jax.Array) -> jax.Array:
+        begun = message.at[plan.places[block_layer] + block].get(mode="clip")
+        begun = jnp.where(counted, begun.astype(jnp.int32), 0)
+        # Blocks past the first of a layer that is not counted hold nothing.
+        empty = ~counted & (block > 0)
+        begun = jnp.where(empty, plan.k[block_layer], begun)
+        base = block_base[wire.owner(plan.first[block_layer] + begun, capacity)]
+        half = (message.at[half_word].get(mode="clip") >> half_shift) & (_BLOCK - 1)
+        plain = message.at[places + offset].get(mode="clip").astype(jnp.int32)
+        place = jnp.where(code == _BLOCKS, base + half.astype(jnp.int32), plain)
+        place += origin[layer]
+        if may_be_bitmap:
+            there = jnp.any((plan.code == _BITMAP) & (plan.k > 0))
+            other = lax.cond(there, from_bitmaps, lambda m: place, message)
+            place = jnp.where(code == _BITMAP, other, place)
+        place = jnp.where(slot < plan.used, place, layout.size)
+        # Entries of one message have places of their own, so that sums have one order
+        # on every device; room that is not used adds zeros.
+        return total.at[place].add(wire.to_floats(message), mode="drop")
+
+    zero = jnp.zeros((layout.size,), jnp.float32)
+    step = lambda i, total: add(messages[i], total)
+    return lax.fori_loop(0, len(messages), step, zero) / len(messages)
 
 
 def _pack_values(layout, units: Selected, levels, capacity: int):
-    del layout, levels
-    indices = wire.positions(units.mask, capacity)
-    values = units.x.at[indices].get(mode="fill", fill_value=0)
-    return wire.to_words(values)[None], indices
+    del levels
+    counts = lax.population_count(units.mask).astype(jnp.int32)
+    starts = wire.running_sum(counts) - counts
+    place, used = wire.positions(units.mask, starts, capacity)
+    values = jnp.where(used, units.x.at[place].get(mode="clip"), 0)
+    return wire.to_words(values), jnp.where(used, place, layout.size)
 
 
 def _decode_values(layout, messages, levels, shared: jax.Array) -> jax.Array:
     del levels
-    ((values,),) = messages  # one: the mean of all workers' messages
-    return (
-        jnp.zeros((layout.size,), jnp.float32)
-        .at[shared[: values.size]]
-        .add(
-            wire.to_floats(values),
-            mode="drop",
-            unique_indices=True,
-            indices_are_sorted=True,
-        )
-    )
+    (values,) = messages  # one: the mean of all workers' messages
+    place = shared[: values.size]
+    zero = jnp.zeros((layout.size,), jnp.float32)
+    return zero.at[place].add(wire.to_floats(values), mode="drop")
 
 
 def _tail_energy(
