@@ -24,7 +24,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.every = 100
     # First steps, sent uncompressed.
     config.warmup_steps = 0
-    # "simulated" (vmap on one device) or "devices" (shard_map, one worker on each).
+    # "simulated" (vmap on one device), "devices" (shard_map, one worker on each) or
+    # "processes" (the same over the devices of all processes; set by scripts/train.py).
     config.mapping = "simulated"
     config.num_workers = 8
     # Samples per worker and step, over all micro-batches.

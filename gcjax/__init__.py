@@ -5,6 +5,7 @@ from gcjax.base import Aggregator, Compressor, Exchange, Layout, Selector
 from gcjax.compressors.quantize import cast, identity, natural, qsgd, sign, terngrad
 from gcjax.compressors.sparsify import random_k, threshold, top_k
 from gcjax.exchange import compressed_mean, power_sgd
+from gcjax.hlo import wire_report
 from gcjax.selectors.layers import lgreco, uniform
 from gcjax.workers import as_local, over_workers, state_specs
 
@@ -32,6 +33,8 @@ __all__ = [
     "over_workers",
     "state_specs",
     "as_local",
+    # what is really sent
+    "wire_report",
     # types
     "Aggregator",
     "Compressor",

@@ -269,11 +269,11 @@ def update(
     if options.local_clip is not None:
         layers, dense = _clip((layers, dense), options.local_clip, axis_name)
 
-    # 1. Small tensors, and whether any worker's gradient is not finite.
-    dense_mean, ok, words = mean_dense(dense, layers, axis_name)
+    # 1. Small tensors, and whether this worker's gradient is finite.
+    small, finite = join_small(dense, layers)
 
     # 2. What enters the compressor: gradient (with momentum) + error.
-    x = jnp.where(ok, layout.flatten(layers), 0)
+    x = jnp.where(finite, layout.flatten(layers), 0)
     if options.momentum is not None:
         x = new_velocity = options.momentum * velocity + x
     fresh = x
@@ -282,15 +282,17 @@ def update(
 
     # 3. Levels, from the snapshot of the steps before.
     levels, selector_state, selected = state.levels, state.selector, jnp.bool(False)
+    words = no_words()
     if options.adaptive and layout.num_layers:
         levels, selector_state, more, selected = reselect(options, layout, state)
         words += more
-        sample = x if options.selector.corrected else fresh
-        snapshot = _snapshot(options, state.step, snapshot, sample)
 
     # 4. The mean over workers, and this worker's part in it.
-    mean, sent, new_states, more = exchanged(options, layout, x, levels, state)
+    mean, small, sent, new_states, more = exchanged(
+        options, layout, x, small, levels, state
+    )
     words += more
+    dense_mean, ok = part_small(small, dense)
 
     # 5. What was not sent is this worker's new error.
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
@@ -300,6 +302,9 @@ def update(
         if options.momentum_masking:
             new_velocity = jnp.where(sent == 0, new_velocity, 0)
         velocity = keep(new_velocity, velocity)
+    if options.adaptive:
+        sample = x if options.selector.corrected else fresh
+        snapshot = _snapshot(options, state.step, snapshot, jnp.where(ok, sample, 0))
     shared, memory = keep(new_states, (state.exchange, memory))
     bad = 0.0 if options.nonfinite == "skip" else jnp.nan
     mean = [jnp.where(ok, m, bad) for m in layout.unflatten(mean)]
@@ -344,23 +349,26 @@ def split(options: Options, tree: Any) -> tuple[Layout, list, list, Callable]:
     return layout, layers, dense, join
 
 
-def mean_dense(
-    dense: list[jax.Array], layers: list[jax.Array], axis_name: str
-) -> tuple[list[jax.Array], jax.Array, Words]:
-    """Mean of the uncompressed tensors, and whether all gradients are finite.
+def join_small(
+    dense: list[jax.Array], layers: list[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The uncompressed tensors in one vector, and whether all gradients are finite.
 
-    One all-reduce: the flag rides along as one more number.
+    The flag rides along as the last number, 1 where some are not.
     """
-    finite = [jnp.all(jnp.isfinite(x)) for x in [*dense, *layers]]
-    bad = 1 - jnp.stack(finite).all().astype(jnp.float32)
+    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in [*dense, *layers]]).all()
     flat = [x.reshape(-1).astype(jnp.float32) for x in dense]
-    total, words = all_reduce(
-        jnp.concatenate([*flat, bad[None]]), axis_name, "small_tensors"
-    )
+    return jnp.concatenate([*flat, 1 - finite.astype(jnp.float32)[None]]), finite
+
+
+def part_small(
+    mean: jax.Array, dense: list[jax.Array]
+) -> tuple[list[jax.Array], jax.Array]:
+    """Undoes `join_small`: mean tensors, and whether all workers' are finite."""
     ends = np.cumsum([x.size for x in dense], dtype=int)
-    *means, bad = jnp.split(total, ends)
+    *means, bad = jnp.split(mean, ends)
     means = [m.reshape(x.shape) for m, x in zip(means, dense, strict=True)]
-    return means, bad[0] == 0, words
+    return means, bad[0] == 0
 
 
 def reselect(options: Options, layout: Layout, state: AggregatorState):
@@ -400,26 +408,28 @@ def reselect(options: Options, layout: Layout, state: AggregatorState):
 
 
 def exchanged(
-    options: Options, layout: Layout, x: jax.Array, levels: Any, state: AggregatorState
+    options: Options, layout: Layout, x, small, levels: Any, state: AggregatorState
 ):
     """Mean over workers: uncompressed during the warm-up, then by the exchange."""
     states = state.exchange, state.worker.value.compressor
     if not layout.num_layers:
-        return x, x, states, no_words()
+        small, words = all_reduce(small, options.axis_name, "small_tensors")
+        return x, small, x, states, words
     key = jax.random.fold_in(jax.random.key(options.seed), state.step)
     worker = jax.random.fold_in(key, lax.axis_index(options.axis_name) + 1)
     keys = Keys(jax.random.fold_in(key, 0), worker)
 
     def compressed(x: jax.Array):
         return options.exchange.mean(
-            layout, x, levels, states, keys, lengths(options, layout)
+            layout, x, small, levels, states, keys, lengths(options, layout)
         )
 
     def uncompressed(x: jax.Array):
         layers = [m.reshape(-1) for m in layout.unflatten(x)]
-        mean, words = all_reduce(jnp.concatenate(layers), options.axis_name, "warm_up")
-        layers = jnp.split(mean, np.cumsum(layout.sizes)[:-1])
-        return layout.flatten(layers), x, states, words
+        both = jnp.concatenate([*layers, small])
+        mean, words = all_reduce(both, options.axis_name, "warm_up")
+        *layers, small_mean = jnp.split(mean, np.cumsum(layout.sizes))
+        return layout.flatten(layers), small_mean, x, states, words
 
     if not options.warmup_steps:
         return compressed(x)

@@ -33,26 +33,31 @@ the re-selection of levels. `aggregate.py`, where all collectives stand too.
 
 *Error feedback*: what a worker did not send at this step it adds to its next gradient.
 
-**The path of one gradient**, function by function:
+**The path of one gradient**, function by function, through the family with the least
+code of its own:
 
 1. `aggregate.update`, the step of every worker, calls all that follows.
 2. `aggregate.split` and `Layout.flatten`: tree -> layers in one flat vector, and small
-   tensors.
-3. `aggregate.mean_dense`: the mean of the small tensors, and whether all gradients are
-   finite.
-4. The error is added: this is what enters the compressor.
-5. `aggregate.reselect`, every so often: `Exchange.errors` -> mean over workers ->
-   `Selector.update` -> levels.
-6. `aggregate.exchanged` -> `Exchange.mean`. For most families that is `mean` in
+   tensors; `aggregate.join_small`: those in one vector, and whether this worker's
+   gradient is finite.
+3. The error is added: this is what enters the compressor.
+4. `aggregate.exchanged` -> `Exchange.mean`. For most families that is `mean` in
    `exchange.compressed_mean`:
-   `Compressor.encode`, e.g. in `sparsify.top_k`: threshold (`_largest`), mask, x_hat;
-   `Compressor.pack`, e.g. `sparsify._pack_indexed` with `wire.positions`;
+   `Compressor.encode`, in `sparsify.random_k`: threshold (`_largest`), mask, x_hat;
+   `Compressor.pack`, `sparsify._pack_values` with `wire.positions`;
    `exchange.switch` to a capacity, and in its branch one collective,
-   `aggregate.gather` or `aggregate.all_reduce`, and
-   `Compressor.decode`, e.g. `sparsify._decode_indexed`, to the mean.
-   `exchange.power_sgd` has a `mean` of its own, with two collectives.
-7. `update` again: new error = what entered the compressor - what was sent; the mean
-   goes back into the tree, and on to the optax optimizer.
+   `aggregate.all_reduce` or `aggregate.gather`, with the small tensors in it, and
+   `Compressor.decode`, `sparsify._decode_values`, to the mean.
+5. `update` again: `aggregate.part_small`; new error = what entered the compressor - what
+   was sent; the mean goes back into the tree, and on to the optax optimizer.
+
+What others do instead: `top_k` sends places as well (`sparsify._pack_indexed`),
+quantisers send codes (`quantize._fields`, `quantize._planes`), and rows of them may be
+dealt out to the workers (`exchange._mean_by_shares`, two collectives);
+`exchange.power_sgd` has a `mean` of its own, with two collectives.
+
+**The path of the levels**: `aggregate.reselect`, every so often: `Exchange.errors` ->
+mean over workers -> `Selector.update` -> levels.
 
 **Deviations from the first design.** `encode` yields all layers' units at once from a
 flat vector, so that compile time does not grow with the number of layers. Messages are
@@ -252,8 +257,9 @@ class Exchange(NamedTuple):
     errors: Callable  # (layout, x) -> float32[L, V]
     init: Callable  # (layout, key) -> state, the same on all workers
     init_worker: Callable  # layout -> state of each worker for itself
-    # (layout, x, levels, (state, own state), keys, capacities) -> (mean, sent, both
-    # states, Words). A layer at level -1 is not sent.
+    # (layout, x, small, levels, (state, own state), keys, capacities) -> (mean, mean of
+    # small, sent, both states, Words). `small` float32[any] is not compressed. A layer
+    # at level -1 is not sent.
     mean: Callable
 
 

@@ -4,16 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from gcjax import cluster
 
 SCHEMA = 1
 
 
 class Saver:
     """Writes and reads the checkpoints of one run.
+
+    Of several processes all take part in everything: each writes and reads its own
+    workers' errors, into and from a folder that all of them see.
 
     Args:
       directory: Where checkpoints lie, one folder for each step; the last two are kept.
@@ -71,9 +76,13 @@ class Saver:
         old_workers = meta["num_workers"]
 
         def target(x: jax.Array, spec: P) -> jax.ShapeDtypeStruct:
-            if not spec or old_workers == x.shape[0]:
-                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            return jax.ShapeDtypeStruct((old_workers, *x.shape[1:]), x.dtype)
+            shape, sharding = x.shape, x.sharding
+            if spec and old_workers != shape[0]:
+                # Every process reads all workers' values, to fold them.
+                shape = (old_workers, *shape[1:])
+                if isinstance(sharding, NamedSharding):
+                    sharding = NamedSharding(sharding.mesh, P())
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
         try:
             args = ocp.args.StandardRestore(jax.tree.map(target, state, specs))
@@ -83,13 +92,14 @@ class Saver:
             raise _damaged(where, error) from None
         new_workers = self.identity["num_workers"]
         if old_workers != new_workers:
-            print(
-                f"{where} has {old_workers} workers, this run {new_workers}: errors "
-                "are folded, their mean is kept"
-            )
+            if jax.process_index() == 0:
+                print(
+                    f"{where} has {old_workers} workers, this run {new_workers}: "
+                    "errors are folded, their mean is kept"
+                )
             saved = jax.tree.map(
                 lambda x, old, spec: (
-                    jax.device_put(fold(x, new_workers), old.sharding) if spec else x
+                    cluster.place(fold(x, new_workers), old.sharding) if spec else x
                 ),
                 saved,
                 state,
@@ -112,7 +122,7 @@ class Saver:
             self._manager.close()
 
 
-def fold(x: jax.Array, num_workers: int) -> jax.Array:
+def fold(x: jax.Array, num_workers: int) -> np.ndarray:
     """Redistributes per-worker values `[N, ...]` over another number of workers.
 
     New worker i gets the sum of those old ones whose number is i modulo the new
@@ -123,7 +133,7 @@ def fold(x: jax.Array, num_workers: int) -> jax.Array:
     old = x.shape[0]
     out = np.zeros((num_workers, *x.shape[1:]), np.float64)
     np.add.at(out, np.arange(old) % num_workers, x.astype(np.float64))
-    return jnp.asarray(out * (num_workers / old), x.dtype)
+    return (out * (num_workers / old)).astype(x.dtype)
 
 
 def _damaged(where: str, error: Exception) -> ValueError:

@@ -6,18 +6,19 @@ from collections.abc import Callable
 from absl import app, logging
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], takes_words: bool = False) -> None:
     """Parses the command line and calls `main`.
 
-    Unknown fields, bad values and missing files end the program with one line that
-    names the cause, and exit status 1.
+    With `takes_words` main gets the words after the flags, or after --. Unknown
+    fields, bad values and missing files end the program with one line that names the
+    cause, and exit status 1.
     """
 
     def start(argv: list[str]) -> None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not takes_words:
             raise app.UsageError(f"what does {argv[1]!r} mean? Flags start with --")
         logging.set_verbosity(logging.WARNING)  # JAX tells of backends it looked for
-        main()
+        main(*([argv[1:]] if takes_words else []))
 
     try:
         app.run(start, flags_parser=_parse)

@@ -76,7 +76,7 @@ def compressed_mean(
         exact = np.append(words.sum(0), layout.sizes.sum())
         return [wire.capacity_ladder(low, high, exact, spacing)]
 
-    def mean(layout, x, levels, state, keys, capacities):
+    def mean(layout, x, small, levels, state, keys, capacities):
         (ladder,), (shared_state, own) = capacities, state
         units, sent, own = compressor.encode(layout, x, levels, keys, own)
         message, shared = compressor.pack(layout, units, levels, ladder[-1])
@@ -85,15 +85,16 @@ def compressed_mean(
             message = message[:capacity]
             if compressor.linear:
                 message = wire.to_floats(message)
-                total, words = all_reduce(message, axis_name, "message")
+                total, small_mean, words = mean_with(message, small, axis_name)
                 messages = wire.to_words(total)[None]
             else:
-                messages, words = gather(message, axis_name, "message")
-            return compressor.decode(layout, messages, levels, shared), words
+                messages, small_mean, words = gather_with(message, small, axis_name)
+            total = compressor.decode(layout, messages, levels, shared)
+            return total, small_mean, words
 
         needed = _needed(compressor.words(layout), levels)
-        total, words = switch(needed, ladder, at_capacity, message, shared)
-        return total, sent, (shared_state, own), words
+        total, small, words = switch(needed, ladder, at_capacity, message, shared)
+        return total, small, sent, (shared_state, own), words
 
     in_shares = collective == "reduce_scatter"
     exchange = Exchange(
@@ -126,6 +127,33 @@ def compressed_mean(
 def _needed(words: np.ndarray, levels: jax.Array) -> jax.Array:
     """Words of all layers that are sent, int32."""
     return jnp.sum(jnp.where(levels < 0, 0, base.pick(words, jnp.maximum(levels, 0))))
+
+
+# --- Small tensors ride along. --------------------------------------------------------
+
+# Words up to which what small tensors cost more by all-gather than by an all-reduce of
+# their own is less than that one's latency.
+_RIDES = 1024
+
+
+def mean_with(x: jax.Array, small: jax.Array, axis_name: str, name: str = "message"):
+    """Means of x and of the small tensors, by one all-reduce."""
+    both, words = all_reduce(jnp.concatenate([small, x]), axis_name, name)
+    return both[small.size :], both[: small.size], words
+
+
+def gather_with(
+    message: jax.Array, small: jax.Array, axis_name: str, name: str = "message"
+):
+    """All workers' messages, and the mean of the small tensors."""
+    if small.size > _RIDES:
+        messages, words = gather(message, axis_name, name)
+        mean, more = all_reduce(small, axis_name, "small_tensors")
+        return messages, mean, words + more
+    both = jnp.concatenate([wire.to_words(small), message])
+    messages, words = gather(both, axis_name, name)
+    mean = jnp.mean(wire.to_floats(messages[:, : small.size]), axis=0)
+    return messages[:, small.size :], mean, words
 
 
 # --- Reduce-scatter and all-gather of quantised rows. ---------------------------------
@@ -172,7 +200,7 @@ def _share_capacities(compressor, axis_name, spacing, layout: Layout, fixed, lar
 
 
 def _mean_by_shares(
-    compressor, axis_name, feedback, layout, x, levels, state, keys, capacities
+    compressor, axis_name, feedback, layout, x, small, levels, state, keys, capacities
 ):
     """The mean by a reduce-scatter and an all-gather of compressed rows.
 
@@ -201,19 +229,20 @@ def _mean_by_shares(
         mean = quantize.mean_of(parts, value)
         new = codec.encode(mean, my_rows, again)
         (message,) = codec.pack(new, here, my_rows, capacity)
-        messages, more = gather(message, axis_name, "means")
+        messages, small_mean, more = gather_with(message, small, axis_name, "means")
         total = codec.value(codec.unpack(messages, shares, natural), rows)
-        return total.reshape(-1), mean - codec.value(new, my_rows), words + more
+        rest = mean - codec.value(new, my_rows)
+        return total.reshape(-1), small_mean, rest, words + more
 
     packed = codec.pack(units, order, shares, capacities[0][-1])
     needed = jnp.max(jnp.asarray(codec.words(shares), jnp.int32))
-    total, rest, words = switch(needed, capacities[0], at_capacity, packed)
+    total, small, rest, words = switch(needed, capacities[0], at_capacity, packed)
     # What the second compression lost, its owner keeps for all.
     keep = jnp.array(feedback & np.array(codec.again))[levels][layout.row_layer]
     keep = jnp.append(keep, False)[mine[0]]
     rest = jnp.where(keep[:, None], rest, 0) * count
     sent = sent.reshape(-1, layout.row).at[mine[0]].add(-rest, mode="drop")
-    return total, sent.reshape(-1), (shared_state, own), words
+    return total, small, sent.reshape(-1), (shared_state, own), words
 
 
 def power_sgd(
@@ -285,7 +314,7 @@ def power_sgd(
             ladders.append(wire.capacity_ladder(low, high, words.sum(0), spacing))
         return ladders
 
-    def mean_factors(name: str, factors: list, rank: jax.Array, ladder: list[int]):
+    def mean_factors(name: str, factors: list, small, rank, ladder: list[int]):
         """All-reduces the first columns of all layers' factors."""
         flat = jnp.concatenate([f.T.reshape(-1) for f in factors])
         sizes = np.array([f.size for f in factors])
@@ -293,30 +322,30 @@ def power_sgd(
         buffer = wire.compact(flat, sizes, lengths, ladder[-1])
 
         def at_capacity(capacity: int, buffer: jax.Array):
-            total, words = all_reduce(buffer[:capacity], axis_name, name)
-            return wire.fit(total, ladder[-1]), words
+            total, *more = mean_with(buffer[:capacity], small, axis_name, name)
+            return wire.fit(total, ladder[-1]), *more
 
-        total, words = switch(lengths.sum(), ladder, at_capacity, buffer)
+        total, small, words = switch(lengths.sum(), ladder, at_capacity, buffer)
         flat = wire.expand(total, sizes, lengths)
         parts = jnp.split(flat, np.cumsum(sizes)[:-1])
         means = [
             p.reshape(f.shape[::-1]).T for p, f in zip(parts, factors, strict=True)
         ]
-        return means, words
+        return means, small, words
 
-    def mean(layout, x, levels, state, keys, capacities):
+    def mean(layout, x, small, levels, state, keys, capacities):
         del keys
         factors, own_state = state
-        rank = jnp.array(ranks, jnp.int32)[levels]
+        rank = jnp.where(levels < 0, 0, jnp.array(ranks, jnp.int32)[levels])
         layers = low_rank.matrices(layout, x)
-        each = lambda fn, *lists: [fn(*args) for args in zip(*lists, strict=True)]
+        each = low_rank.by_shape
         q = each(low_rank.unit_scale, each(low_rank.first_columns, factors, rank))
-        p, words = mean_factors(
-            "left_factors", each(low_rank.product, layers, q), rank, capacities[0]
-        )
+        p = each(low_rank.product, layers, q)
+        p, small, words = mean_factors("left_factors", p, small, rank, capacities[0])
         p = each(low_rank.orthogonalize, p, rank)
         own = each(lambda m, p: low_rank.product(m.T, p), layers, p)
-        q, more = mean_factors("right_factors", own, rank, capacities[1])
+        none = jnp.zeros((0,), jnp.float32)
+        q, _, more = mean_factors("right_factors", own, none, rank, capacities[1])
 
         restore = lambda p, q: low_rank.product(p, q.T)
         total = layout.flatten(each(restore, p, q))
@@ -324,7 +353,7 @@ def power_sgd(
         sent = local if error == "local" else local - local + total
         kept = lambda new, old, r: jnp.where(jnp.arange(old.shape[1]) < r, new, old)
         state = each(kept, q, factors, rank), own_state
-        return total, sent, state, words + more
+        return total, small, sent, state, words + more
 
     exchange = Exchange(
         name="power_sgd",

@@ -57,7 +57,7 @@ def image_classification(
 
     Args:
       dataset: One of `data.IMAGE_SETS`.
-      model: "small_cnn", "cnn4", "lenet", "vgg11" or "resnet18".
+      model: "small_cnn", "cnn4", "cnn4_wide", "lenet", "vgg11" or "resnet18".
       data_dir: Passed to `data.load`.
       train_size: Number of training images kept, the first ones; None keeps all.
       test_size: The same for test images.
@@ -76,7 +76,7 @@ def image_classification(
         _check_name("model with norm", model, ("vgg11", "resnet18"))
     images = data.load(dataset, data_dir)
     shape, classes = images["x_train"].shape[1:], int(images["y_train"].max()) + 1
-    if model in ("cnn4", "lenet") and min(shape[:2]) < 16:
+    if model in ("cnn4", "cnn4_wide", "lenet") and min(shape[:2]) < 16:
         raise ValueError(f"{model} needs images of 16x16 or more; {dataset}: {shape}")
     mean, std = data.channel_statistics(images["x_train"])
     train, test = (
@@ -311,9 +311,13 @@ class LeNet(nnx.Module):
     With filters (6, 16) and hidden widths (120, 84) this is LeNet-5 with ReLU (62,006
     parameters for CIFAR-10). With (32, 32) and (256,) it is the CNN of two convolutions
     and two dense layers common in work on gradient compression (235,690 parameters).
+    With (32, 64) and (512,) it is the one common in federated learning (582,026
+    parameters for Fashion-MNIST).
 
     References:
       LeCun et al., 1998, Gradient-Based Learning Applied to Document Recognition.
+      McMahan et al., 2017, Communication-Efficient Learning of Deep Networks from
+        Decentralized Data, arXiv:1602.05629 (whose convolutions pad).
     """
 
     def __init__(self, filters, widths, shape, classes, norm, rngs):
@@ -442,6 +446,7 @@ class ResNet18(nnx.Module):
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "small_cnn": SmallCNN,
     "cnn4": functools.partial(LeNet, (32, 32), (256,)),
+    "cnn4_wide": functools.partial(LeNet, (32, 64), (512,)),
     "lenet": functools.partial(LeNet, (6, 16), (120, 84)),
     "vgg11": VGG11,
     "resnet18": ResNet18,

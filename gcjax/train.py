@@ -3,6 +3,7 @@
 import ast
 import functools
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,11 @@ import ml_collections
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from gcjax import aggregate, checkpoint, exchange, results, tasks, workers
+from gcjax import aggregate, checkpoint, cluster, exchange, results, tasks, workers
 from gcjax.base import Aggregator, Words
 from gcjax.compressors import quantize, sparsify
 from gcjax.selectors import layers
@@ -205,6 +206,25 @@ class Run(NamedTuple):
     batches: Callable  # step -> batch
 
 
+def device_mesh(config: ml_collections.ConfigDict) -> Mesh | None:
+    """The devices of a config's workers; None if workers are simulated."""
+    n, count = config.num_workers, jax.device_count()
+    if config.mapping == "simulated":
+        return None
+    if config.mapping == "processes" and count != n:
+        raise ValueError(
+            f"config.num_workers = {n} but the {jax.process_count()} processes have "
+            f"{count} devices, one for each worker; set config.num_workers to {count}"
+        )
+    if count < n:
+        raise ValueError(
+            f"config.num_workers = {n} but JAX sees {count} devices; lower it or set "
+            "config.mapping to 'simulated'"
+        )
+    devices = jax.devices()[:n]
+    return jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
 def build(config: ml_collections.ConfigDict, method: str) -> Run:
     """Builds and initialises a run.
 
@@ -212,9 +232,10 @@ def build(config: ml_collections.ConfigDict, method: str) -> Run:
       ValueError: for a config that makes no sense; the text names the field.
     """
     n = config.num_workers
-    if config.mapping not in ("simulated", "devices"):
+    if config.mapping not in ("simulated", "devices", "processes"):
         raise ValueError(
-            f"config.mapping must be 'simulated' or 'devices', got {config.mapping!r}"
+            "config.mapping must be 'simulated', 'devices' or 'processes', got "
+            f"{config.mapping!r}"
         )
     if n < 1 or config.steps < 1 or config.batch_size_per_worker < 1:
         raise ValueError(
@@ -225,16 +246,7 @@ def build(config: ml_collections.ConfigDict, method: str) -> Run:
             f"config.micro_batches = {config.micro_batches} does not divide "
             f"batch_size_per_worker = {config.batch_size_per_worker}"
         )
-    mesh = None
-    if config.mapping == "devices":
-        if len(jax.devices()) < n:
-            raise ValueError(
-                f"config.num_workers = {n} but JAX sees {len(jax.devices())} devices; "
-                "lower it or set config.mapping to 'simulated'"
-            )
-        mesh = jax.make_mesh(
-            (n,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:n]
-        )
+    mesh = device_mesh(config)
     task = build_task(config)
     tx = optax.chain(build_aggregator(config, method), build_optimizer(config))
     across = dict(axis_name=AXIS, num_workers=n, mesh=mesh)
@@ -253,10 +265,9 @@ def build(config: ml_collections.ConfigDict, method: str) -> Run:
     make = workers.over_workers(init, (P(),), specs, **across)
     step = functools.partial(worker_step, task, tx, config.micro_batches, config.seed)
     step = workers.over_workers(step, (specs, P(AXIS)), (specs, P()), **across)
-    place = functools.partial(
-        jax.device_put,
-        device=NamedSharding(mesh, P(AXIS)) if mesh is not None else None,
-    )
+    place = jax.device_put
+    if mesh is not None:
+        place = functools.partial(cluster.place, shardings=NamedSharding(mesh, P(AXIS)))
     return Run(
         task,
         jax.jit(make, out_shardings=where)(key),
@@ -272,8 +283,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains one method and writes `record.json` and `metrics.jsonl` into `workdir`.
 
-    With checkpoints, `resume` continues to the result of a run that was not
-    interrupted, bit for bit.
+    Of several processes all call it, and the first one evaluates and writes. With
+    checkpoints, `resume` continues to the result of a run that was not interrupted, bit
+    for bit.
 
     Returns:
       The record. Its status is "done", "diverged" (a loss that is not finite, from
@@ -290,8 +302,14 @@ def train(
         raise
     finally:
         record["wall_seconds"] = time.perf_counter() - begun
-        results.write(record, workdir / "record.json")
+        if _first():
+            results.write(record, workdir / "record.json")
     return record
+
+
+def _first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
 
 
 def _train(config, method: str, workdir: Path, record: dict[str, Any]) -> None:
@@ -302,11 +320,21 @@ def _train(config, method: str, workdir: Path, record: dict[str, Any]) -> None:
     if config.resume and (found := saver.restore(state, run.specs)):
         state, (log.totals, record["series"]) = found
     first = int(state.step)
-    lines = _lines(workdir / "metrics.jsonl", first)
-    bar = tqdm(total=config.steps, initial=first, desc=record["label"], unit="step")
+    lines = _lines(workdir / "metrics.jsonl" if _first() else Path(os.devnull), first)
+    bar = tqdm(
+        total=config.steps,
+        initial=first,
+        desc=record["label"],
+        unit="step",
+        disable=not _first(),
+    )
+    # With many steps in flight XLA's collectives on CPU sometimes hang.
+    in_flight = 1 if jax.default_backend() == "cpu" else 2
     with lines, bar:
         for step in range(first, config.steps):
-            state, metrics = run.step(state, run.place(run.batches(step)))
+            batch = run.place(run.batches(step))
+            log.wait(in_flight)
+            state, metrics = run.step(state, batch)
             log.add(step, metrics)
             bar.update()
             done = step + 1
@@ -315,7 +343,7 @@ def _train(config, method: str, workdir: Path, record: dict[str, Any]) -> None:
             if not (evaluate or due(config.checkpoint_every) or due(config.log_every)):
                 continue
             line = log.flush()
-            if evaluate:
+            if evaluate and _first():
                 line |= log.evaluate(run.task, state)
             lines.write(json.dumps(line) + "\n")
             lines.flush()
@@ -360,6 +388,9 @@ class Log:
         self.pending: list[tuple[int, StepMetrics]] = []
         # Exact sums over all steps, of one worker.
         self.totals = {"steps": 0, "payload_bits": 0, "wire_bits": 0.0, "skipped": 0}
+        # Wall clock of training, without compilation and evaluation.
+        self.totals |= {"seconds": 0.0, "eval_seconds": []}
+        self.since: float | None = None
         names = ("step", "loss", "total_bits", "levels", "levels_step")
         for name in (*names, "eval_step", "eval_bits"):
             record["series"][name] = []
@@ -377,12 +408,21 @@ class Log:
 
     def add(self, step: int, metrics: StepMetrics) -> None:
         """Takes note of a step without waiting for it."""
+        if self.since is None:  # the first step: it is compiled, and not yet done
+            self.since = time.perf_counter()
         self.pending.append((step, metrics))
+
+    def wait(self, in_flight: int) -> None:
+        """Waits until fewer than `in_flight` steps are running."""
+        if len(self.pending) >= in_flight:
+            jax.block_until_ready(self.pending[-in_flight][1])
 
     def flush(self) -> dict[str, Any]:
         """Fetches what is pending; returns a line for metrics.jsonl."""
         series, totals = self.record["series"], self.totals
         fetched = jax.device_get(self.pending)
+        now = time.perf_counter()
+        totals["seconds"], self.since = totals["seconds"] + now - self.since, now
         for step, metrics in fetched:
             totals["steps"] += 1
             totals["payload_bits"] += results.payload_bits(metrics.words)
@@ -408,18 +448,22 @@ class Log:
 
     def evaluate(self, task: tasks.Task, state: RunState) -> dict[str, float]:
         """Evaluates on held-out data; returns fields for metrics.jsonl."""
-        metrics = task.evaluate(state.params, state.model_state)
+        metrics = task.evaluate(*cluster.local((state.params, state.model_state)))
         series = self.record["series"]
         series["eval_step"].append(self.totals["steps"])
         series["eval_bits"].append(self.totals["wire_bits"])
+        self.totals["eval_seconds"].append(round(self.totals["seconds"], 3))
         for name, value in metrics.items():
             series.setdefault(f"eval_{name}", []).append(value)
+        self.since = time.perf_counter()
         return {f"eval_{k}": v for k, v in metrics.items()}
 
     def finish(self) -> None:
         """Fills in the record's `final`."""
         totals, series, n = self.totals, self.record["series"], self.config.num_workers
         steps, size = totals["steps"], self.record["num_params"]
+        # Not among the series: those are the same whenever a run is done again.
+        self.record["eval_seconds"] = totals["eval_seconds"]
         dense = 32 * 2 * (n - 1) / n * size * steps
         final = {
             k.removeprefix("eval_"): v[-1]

@@ -1,18 +1,26 @@
 """Trains what a config describes and writes one record for each of its methods.
 
 python scripts/train.py --config=configs/quickstart.py --config.learning_rate=0.05
+
+As one of several processes, one worker on each device of all of them: under Slurm, by
+scripts/launch.py, or by hand with the same command for each process but --process_id,
+
+python scripts/train.py --config=configs/quickstart.py --config.num_workers=2 \
+    --coordinator=node0:29500 --num_processes=2 --process_id=0
 """
 
 import sys
 from pathlib import Path
 
+import jax
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 # Configs import each other as `configs.base`, wherever the command is given.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gcjax import command, report, results, train  # noqa: E402
+from gcjax import cluster, command, report, results, train  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 WORKDIR = flags.DEFINE_string(
@@ -20,9 +28,24 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port where the first of several processes listens."
+)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+
+
 def main() -> None:
+    """Runs all methods of the config, alone or as one of several processes."""
+    config, given = CONFIG.value, (COORDINATOR, PROCESS_ID, NUM_PROCESSES)
+    with cluster.process(*(flag.value for flag in given)) as several:
+        if several:
+            config.mapping = "processes"
+        run(config)
+
+
+def run(config: ml_collections.ConfigDict) -> None:
     """Runs all methods of the config, one after the other."""
-    config = CONFIG.value
     workdir = Path(WORKDIR.value or Path("workdir") / config.experiment)
     records = []
     for method in config.methods:
@@ -30,6 +53,8 @@ def main() -> None:
         if len(config.methods) > 1:
             folder = workdir / results.slug(results.label(config, method))
         records.append(train.train(config, method, folder))
+    if jax.process_index() > 0:
+        return
     print(report.summary(records))
     if len(records) > 1:
         report.run_figure(records, workdir / "figure.png")

@@ -67,7 +67,7 @@ COLLECTIVE = re.compile(
 def compiled_words(run, state, batch):
     """Words that one worker puts into each collective of the compiled program."""
     text = run.update.lower(state, batch).compile().as_text()
-    found = {"all-gather": [], "all-reduce": []}
+    found = {"all-gather": [], "all-reduce": [], "all-to-all": []}
     for shapes, kind in COLLECTIVE.findall(text):
         bits = 0
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
@@ -84,6 +84,12 @@ FIXED = {
     "random_k": lambda: gcjax.compressed_mean(gcjax.random_k(0.05)),
     "threshold": lambda: gcjax.compressed_mean(gcjax.threshold(2.0, 0.05)),
     "qsgd 3": lambda: gcjax.compressed_mean(gcjax.qsgd(3)),
+    "qsgd scattered": lambda: gcjax.compressed_mean(
+        gcjax.qsgd(4, 256), collective="reduce_scatter"
+    ),
+    "cast scattered": lambda: gcjax.compressed_mean(
+        gcjax.cast(), collective="reduce_scatter"
+    ),
     "sign": lambda: gcjax.compressed_mean(gcjax.sign()),
     "terngrad": lambda: gcjax.compressed_mean(gcjax.terngrad()),
     "natural": lambda: gcjax.compressed_mean(gcjax.natural()),
@@ -100,6 +106,7 @@ def test_declared_bits_are_the_compiled_collectives(name, mesh):
     words = info(state).words
     assert int(words.gathered) == sum(found["all-gather"])
     assert int(words.reduced) == sum(found["all-reduce"])
+    assert int(words.scattered) == sum(found["all-to-all"])
 
 
 def test_declared_bits_of_every_capacity_are_in_the_compiled_program(mesh):

@@ -15,10 +15,26 @@ AGGREGATORS = {
     "random_k": lambda: gcjax.compressed_mean(gcjax.random_k(0.05)),
     "threshold": lambda: gcjax.compressed_mean(gcjax.threshold(2.0, 0.05)),
     "qsgd": lambda: gcjax.compressed_mean(gcjax.qsgd(4, rounding="nearest")),
+    "qsgd scattered": lambda: gcjax.compressed_mean(
+        gcjax.qsgd(4, 256, rounding="nearest"), collective="reduce_scatter"
+    ),
+    "cast scattered": lambda: gcjax.compressed_mean(
+        gcjax.cast(), collective="reduce_scatter"
+    ),
+    "qsgd scattered adaptive": lambda: gcjax.adapt(
+        gcjax.compressed_mean(
+            gcjax.qsgd((2, 3, 4, 6), 256, rounding="nearest"),
+            collective="reduce_scatter",
+            spacing=2.0,
+        ),
+        gcjax.lgreco(4, error="squared"),
+        every=2,
+    ),
     "sign": lambda: gcjax.compressed_mean(gcjax.sign()),
     "terngrad": lambda: gcjax.compressed_mean(gcjax.terngrad()),
     "natural": lambda: gcjax.compressed_mean(gcjax.natural()),
     "power_sgd": lambda: gcjax.power_sgd(2),
+    "top_k nearly": lambda: gcjax.compressed_mean(gcjax.top_k(0.05, tolerance=0.1)),
     "top_k adaptive": lambda: gcjax.adapt(
         gcjax.compressed_mean(
             gcjax.top_k((0.003, 0.01, 0.03)), spacing=2.0, momentum=0.9

@@ -5,13 +5,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "gcjax"
 PATH = {
-    "aggregate.py": """update split mean_dense reselect exchanged gather all_reduce
-        lengths default_levels _residual _snapshot _mean_table nearest_admitted
-        _refuse_summed""",
-    "exchange.py": "compressed_mean switch",
-    "compressors/sparsify.py": """top_k _largest _magnitudes _first_of_each_layer _keep
-        _counts _pack_indexed _decode_indexed""",
-    "wire.py": "positions select_bit keep_lowest pack_bits unpack_bits",
+    "aggregate.py": """update split join_small part_small exchanged gather all_reduce
+        lengths default_levels _residual nearest_admitted _refuse_summed""",
+    "exchange.py": "compressed_mean switch gather_with mean_with _needed",
+    "compressors/sparsify.py": """random_k _largest _count _first_of_each_layer
+        _word_counts _keep _counts _picked _pack_values _decode_values""",
+    "wire.py": "positions owner running_sum select_bit keep_lowest pack_bits unpack_bits",
     "base.py": "flatten unflatten pick",
 }
 
@@ -42,5 +41,5 @@ def test_the_path_of_one_gradient_is_under_400_lines_of_code():
 
 def test_the_path_is_listed_in_base():
     text = ast.get_docstring(ast.parse((ROOT / "base.py").read_text()))
-    for name in ("update", "split", "mean_dense", "reselect", "exchanged", "gather"):
+    for name in ("update", "split", "join_small", "reselect", "exchanged", "gather"):
         assert f"aggregate.{name}" in text

@@ -155,6 +155,7 @@ SIZES = [  # dataset, model, norm, parameters, state
     ("fashion_mnist", "small_cnn", None, 29_178, 0),
     ("cifar10", "small_cnn", None, 34_170, 0),
     ("cifar10", "cnn4", None, 235_690, 0),
+    ("cifar10", "cnn4_wide", None, 878_538, 0),
     ("cifar10", "lenet", None, 62_006, 0),
     ("fashion_mnist", "lenet", None, 44_426, 0),
     ("cifar10", "vgg11", None, 9_228_362, 0),
@@ -307,7 +308,7 @@ def test_means_in_chunks(n, chunk):
     [
         (dict(dataset="mnist"), "valid: digits"),
         (dict(dataset="wikitext2"), "unknown image data set"),
-        (dict(model="vit"), "valid: small_cnn, cnn4, lenet, vgg11, resnet18"),
+        (dict(model="vit"), "valid: small_cnn, cnn4, cnn4_wide, lenet"),
         (dict(model="cnn4"), "16x16"),
         (dict(norm="batch"), "valid: vgg11, resnet18"),
         (dict(model="vgg11", norm="layer"), "valid: group, batch"),

@@ -169,11 +169,11 @@ def test_micro_batches_give_the_same_step(config, tmp_path, monkeypatch):
 
 
 def test_record_counts_bits(config, tmp_path):
-    """A dense run sends 2 (N - 1) / N 32-bit words per parameter, and one flag."""
+    """A dense run sends 2 (N - 1) / N 32-bit words per parameter, one flag and the loss."""
     record = train.train(config, "dense", tmp_path)
     assert record == json.loads(json.dumps(record))
     written = results.read(tmp_path / "record.json")
-    final, words = written["final"], record["num_params"] + 1
+    final, words = written["final"], record["num_params"] + 2
     assert written["status"] == "done" and written["schema"] == results.SCHEMA
     assert final["payload_bits"] == 6 * 32 * words
     assert final["wire_bits"] == final["total_bits"] == 6 * 32 * words * 2 * 7 / 8
@@ -249,4 +249,6 @@ def test_model_state_is_averaged_and_counted():
     np.testing.assert_allclose(
         new.model_state["mean"], 0.1 * x.mean((0, 1)), rtol=0, atol=1e-6
     )
-    assert int(metrics.words.reduced) == 3 + 1 + 3  # gradient, flag, statistics
+    assert (
+        int(metrics.words.reduced) == 3 + 1 + 3 + 1
+    )  # gradient, flag, statistics, loss

@@ -1,11 +1,12 @@
 """Low rank: the local mathematics of PowerSGD. Its two collectives are in
-`aggregate.power_sgd`.
+`exchange.power_sgd`.
 
 A tensor of shape (..., m) is viewed as a matrix [n, m], so that convolutions of shape
 (height, width, in, out) have their output channels as columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,23 @@ def tail_energy(layout: Layout, x: jax.Array, ranks: Sequence[int]) -> jax.Array
         side = min(n, m)
         table.append(tails[np.maximum(side - np.array(ranks), 0)])
     return jnp.stack(table)
+
+
+def by_shape(fn: Callable, *lists: Sequence[jax.Array]) -> list[jax.Array]:
+    """Maps a function over the layers, those of equal shapes in one batched call."""
+    groups: dict[Any, list[int]] = {}
+    for i, arrays in enumerate(zip(*lists, strict=True)):
+        groups.setdefault(tuple(a.shape for a in arrays), []).append(i)
+    out: list = [None] * len(lists[0])
+    for members in groups.values():
+        if len(members) == 1:
+            (i,) = members
+            out[i] = fn(*(arrays[i] for arrays in lists))
+            continue
+        stacks = [jnp.stack([arrays[i] for i in members]) for arrays in lists]
+        for i, result in zip(members, jax.vmap(fn)(*stacks), strict=True):
+            out[i] = result
+    return out
 
 
 def init_factors(layout: Layout, widths: Sequence[int], key: jax.Array) -> list:

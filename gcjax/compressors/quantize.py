@@ -93,8 +93,7 @@ def qsgd(
     def encode(x, scales, width, key):
         low, unit = grid(scales, width)
         up = wire.noise(key, x.size).reshape(x.shape) if stochastic else 0.5
-        per_unit = jnp.where(unit > 0, 1 / jnp.where(unit > 0, unit, 1), 0)
-        codes = jnp.floor((x - low) * per_unit + up)
+        codes = jnp.floor((x - low) / jnp.where(unit > 0, unit, 1) + up)
         last = jnp.asarray(last_code(width), jnp.float32)
         return jnp.clip(codes, 0, last).astype(jnp.int32)
 

@@ -1,9 +1,8 @@
 """Selectors that give every layer its level."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -28,7 +27,7 @@ def uniform(default: Any) -> Selector:
         worker=None,
         shrinks=True,
         init=lambda num_layers: (),
-        update=lambda errors, words, default, capacities, state: (default, state),
+        update=lambda errors, words, default, *rest: (default, rest[1]),
     )
 
 
@@ -41,6 +40,7 @@ def lgreco(
     snapshot_steps: int = 10,
     sample: str = "corrected",
     worker: int | None = None,
+    cost: Callable | None = None,
 ) -> Selector:
     """L-GreCo: the fewest bits whose total error is no larger than uniform's.
 
@@ -66,6 +66,9 @@ def lgreco(
         relaxes that layer at the next selection and squeezes another: with steep
         ladders levels then alternate from selection to selection.
       worker: Whose snapshot decides; None for the mean of all workers' squared errors.
+      cost: What is minimised instead of words: seconds on a network, from
+        `gcjax.network.layer_seconds`. A layer may then also travel uncompressed; all
+        do where compression costs more time than it saves.
 
     Raises:
       ValueError: for an unknown error or solver, or alpha or snapshot_steps not
@@ -93,23 +96,32 @@ def lgreco(
     if snapshot_steps < 1:
         raise ValueError(f"lgreco: snapshot_steps must be >= 1, got {snapshot_steps}")
 
-    def update(errors, words, default, capacities, state):
+    def update(errors, words, default, capacities, state, kinds=(), sizes=()):
         errors = jnp.sqrt(errors) if error == "norm" else errors
-        sizes = jnp.asarray(words, jnp.float32)
+        dense = np.array([kind == "dense" for kind in kinds] or [False])
+        dense = np.broadcast_to(dense, words.shape[1])
+        costs = words if cost is None else cost(words, sizes, kinds)
+        costs = jnp.asarray(costs, jnp.float32)
         budget = alpha * jnp.sum(pick(errors, default))
         # A tighter budget than uniform's rules uniform out as the fall-back.
         fall_back = default if alpha >= 1 else None
         chosen = knapsack.minimise_size(
-            errors, sizes, budget, default=fall_back, method=solver
+            errors, costs, budget, default=fall_back, method=solver
         )
+        usable, levels = jnp.all(chosen >= 0), jnp.maximum(chosen, 0)
+        in_message = np.where(dense, 0, words)
         if len(capacities) == 1:  # one collective: what its length leaves is known
-            usable, levels = jnp.all(chosen >= 0), jnp.maximum(chosen, 0)
-            ladder = jnp.asarray(capacities[0], jnp.int32)
-            used = jnp.sum(pick(jnp.asarray(words, jnp.int32), levels))
-            at = jnp.minimum(jnp.searchsorted(ladder, used), ladder.size - 1)
-            levels = _spend(errors, words, ladder[at], levels)
-            chosen = jnp.where(usable, levels, chosen)
-        return chosen, state
+            levels = _spend(errors, in_message, capacities[0], levels, ~dense)
+        if cost is not None:
+            # A step also pays for padding and latency, which no layer's entry shows.
+            others = [fall_back] * (alpha >= 1)
+            others += [jnp.full_like(levels, np.argmax(dense))] * bool(dense.any())
+            per_word = cost(np.ones((1, 1)), np.zeros(1), kinds[:1]).item()
+            once = len(capacities) * cost.once(kinds[0])
+            levels = _fastest(
+                [levels, *others], costs, in_message, capacities, per_word, once
+            )
+        return jnp.where(usable, levels, chosen), state
 
     return Selector(
         default=default,
@@ -123,14 +135,20 @@ def lgreco(
     )
 
 
-def _spend(errors: jax.Array, words: np.ndarray, capacity: jax.Array, levels):
-    """Fills a capacity: again and again the change of one layer that gains most."""
+def _spend(errors, words, ladder: list[int], levels, within: np.ndarray):
+    """Fills a message's capacity: again and again the change of most gain.
+
+    Only changes to levels `within` bool[V]; a layer that travels elsewhere, without
+    words here and without error, stays there.
+    """
     words = jnp.asarray(words, jnp.int32)
     layers = jnp.arange(levels.size)
+    capacity = _capacity(ladder, jnp.sum(pick(words, levels)))
 
     def gains(levels):
         slack = capacity - jnp.sum(pick(words, levels))
         fits = words - pick(words, levels)[:, None] <= slack
+        fits &= within
         gain = jnp.where(fits, pick(errors, levels)[:, None] - errors, 0)
         return jnp.max(gain, axis=1), jnp.argmax(gain, axis=1).astype(levels.dtype)
 
@@ -140,3 +158,30 @@ def _spend(errors: jax.Array, words: np.ndarray, capacity: jax.Array, levels):
 
     # Every change lowers the total error, so this ends.
     return lax.while_loop(lambda v: jnp.max(gains(v)[0]) > 0, change, levels)
+
+
+def _fastest(candidates, costs, words, capacities, per_word: float, once: float):
+    """Those levels whose step takes least seconds, padding and latency included.
+
+    Equally fast ones: the first.
+    """
+    words = jnp.asarray(words, jnp.int32)
+
+    def total(levels):
+        used, more = jnp.sum(pick(words, levels)), jnp.float32(once)
+        if len(capacities) == 1:
+            padding = (_capacity(capacities[0], used) - used).astype(jnp.float32)
+            # A message that is longer than all capacities cannot be sent.
+            more += jnp.where(padding < 0, jnp.inf, per_word * padding)
+        return jnp.sum(pick(costs, levels)) + jnp.where(used > 0, more, 0)
+
+    totals = jnp.stack([total(levels) for levels in candidates])
+    totals = totals.at[0].multiply(1 - 1e-6)  # rounding must not decide for others
+    return jnp.stack(candidates)[jnp.argmin(totals)]
+
+
+def _capacity(ladder: list[int], used):
+    """The least capacity that suffices, the largest if none does."""
+    lengths = jnp.asarray(ladder, jnp.int32)
+    at = jnp.searchsorted(lengths, used)
+    return lengths[jnp.minimum(at, lengths.size - 1)]
