@@ -19,11 +19,15 @@ from gcjax.base import (
     Keys,
     Layout,
     PerWorker,
+    Problem,
     Selector,
     Words,
     WorkerState,
 )
 from gcjax.workers import checked
+
+DENSE = -1  # the level of a layer that travels uncompressed
+
 
 # --- Collectives: all there are. ------------------------------------------------------
 
@@ -91,6 +95,7 @@ class Options(NamedTuple):
     local_clip: float | None
     nonfinite: str
     seed: int
+    shard_axis: str | None
     selector: Selector | None = None
     every: int = 100
     warmup_steps: int = 0
@@ -112,6 +117,7 @@ def aggregator(
     local_clip: float | None = None,
     nonfinite: str = "skip",
     seed: int = 0,
+    shard_axis: str | None = None,
 ) -> Aggregator:
     """The optax transformation around an exchange; every aggregator's options.
 
@@ -141,6 +147,11 @@ def aggregator(
         "skip": zero updates; "report": NaN updates, for a wrapper inside to see. Both
         leave all errors, factors and levels as they were.
       seed: Seed of the random numbers of rounding and of initial factors.
+      shard_axis: Where parameters are sharded over a second axis of the mesh (HSDP) and
+        `axis_name` is that of the replicas: the name of the second one. Gradients are
+        then the mean within a group of shards already, each device has its shard, and
+        compresses it along `axis_name` alone; layers are shards of tensors. Steps are
+        skipped and levels chosen for all shards at once.
 
     Returns:
       An aggregator. Its `update` takes the worker's local gradients, floats of any
@@ -158,7 +169,7 @@ def aggregator(
     if local_clip is not None and not local_clip > 0:
         raise ValueError(f"local_clip must be positive, got {local_clip}")
     compress = compress or matrices_above()
-    options = (momentum, momentum_masking, local_clip, nonfinite, seed)
+    options = (momentum, momentum_masking, local_clip, nonfinite, seed, shard_axis)
     return _build(Options(exchange, axis_name, level, compress, *options))
 
 
@@ -293,6 +304,9 @@ def update(
     )
     words += more
     dense_mean, ok = part_small(small, dense)
+    if options.shard_axis is not None:
+        bad, more = all_reduce(1 - ok.astype(jnp.float32), options.shard_axis, "finite")
+        ok, words = bad == 0, words + more
 
     # 5. What was not sent is this worker's new error.
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
@@ -390,14 +404,25 @@ def reselect(options: Options, layout: Layout, state: AggregatorState):
     due = (state.step > 0) & (state.step % options.every == 0)
     due &= state.step >= options.warmup_steps
 
+    count, kinds = words.shape[1], (exchange.carrier,) * words.shape[1]
+    if selector.dense:  # one more candidate for every layer: not to be compressed
+        words = np.append(words, layout.sizes[:, None], axis=1)
+        kinds += ("dense",)
+
     def select(_: Any):
         errors = exchange.errors(layout, state.worker.value.snapshot)
         errors, sent = _mean_table(errors, selector.worker, options.axis_name)
+        if options.shard_axis is not None:
+            errors, more = all_reduce(errors, options.shard_axis, "error_table")
+            sent += more
         errors = jnp.take_along_axis(errors, jnp.asarray(nearest), 1)
-        chosen, selector_state = selector.update(
-            errors, words, default, lengths(options, layout), state.selector
+        errors = jnp.pad(errors, ((0, 0), (0, words.shape[1] - count)))
+        problem = Problem(
+            errors, words, default, lengths(options, layout), kinds, layout.sizes
         )
-        new = base.pick(nearest, jnp.maximum(chosen, 0)).astype(jnp.int32)
+        chosen, selector_state = selector.update(problem, state.selector)
+        new = base.pick(nearest, jnp.clip(chosen, 0, count - 1)).astype(jnp.int32)
+        new = jnp.where(chosen == count, DENSE, new)
         usable = jnp.all(chosen >= 0)  # else a table was not finite
         return jnp.where(usable, new, state.levels), selector_state, sent
 
@@ -416,24 +441,79 @@ def exchanged(
         small, words = all_reduce(small, options.axis_name, "small_tensors")
         return x, small, x, states, words
     key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+    if options.shard_axis is not None:
+        key = jax.random.fold_in(key, lax.axis_index(options.shard_axis))
     worker = jax.random.fold_in(key, lax.axis_index(options.axis_name) + 1)
     keys = Keys(jax.random.fold_in(key, 0), worker)
 
     def compressed(x: jax.Array):
-        return options.exchange.mean(
+        mean, small_mean, sent, new, words = options.exchange.mean(
             layout, x, small, levels, states, keys, lengths(options, layout)
         )
+        if options.selector is not None and options.selector.dense:
+            more, passed, more_words = _uncompressed_layers(options, layout, x, levels)
+            mean, sent, words = mean + more, sent + passed, words + more_words
+        return mean, small_mean, sent, new, words
 
     def uncompressed(x: jax.Array):
         layers = [m.reshape(-1) for m in layout.unflatten(x)]
         both = jnp.concatenate([*layers, small])
-        mean, words = all_reduce(both, options.axis_name, "warm_up")
+        mean, words = all_reduce(both, options.axis_name, "uncompressed")
         *layers, small_mean = jnp.split(mean, np.cumsum(layout.sizes))
         return layout.flatten(layers), small_mean, x, states, words
 
-    if not options.warmup_steps:
+    dense = state.step < options.warmup_steps
+    if options.selector is not None and options.selector.dense:
+        dense |= jnp.all(levels == DENSE)
+    elif not options.warmup_steps:
         return compressed(x)
-    return lax.cond(state.step < options.warmup_steps, uncompressed, compressed, x)
+    return lax.cond(dense, uncompressed, compressed, x)
+
+
+def _uncompressed_layers(options: Options, layout: Layout, x: jax.Array, levels):
+    """Mean of the layers that travel uncompressed, zeros elsewhere.
+
+    Returns:
+      The mean, this worker's part in it, and the words sent.
+    """
+    dense, sizes = levels == DENSE, layout.sizes
+    lengths = jnp.where(dense, jnp.asarray(sizes, jnp.int32), 0)
+    start = jnp.cumsum(lengths) - lengths
+    # Each layer is written at its offset; those that are not sent are overwritten by
+    # the next one, the last of them lies past the end.
+    total = int(sizes.sum())
+    buffer = jnp.zeros((total + int(sizes.max()),), jnp.float32)
+    layers = [m.reshape(-1) for m in layout.unflatten(x)]
+    for layer, at in zip(layers, start, strict=True):
+        buffer = lax.dynamic_update_slice(buffer, layer, (at,))
+
+    def at_capacity(capacity: int, buffer: jax.Array):
+        if not capacity:
+            return jnp.zeros(buffer.shape), no_words()
+        mean, words = all_reduce(buffer[:capacity], options.axis_name, "dense_layers")
+        return jnp.pad(mean, (0, buffer.size - capacity)), words
+
+    ladder = wire.capacity_ladder(int(sizes.min()), total, np.array([]), 1.25)
+    buffer, words = switch(lengths.sum(), [0, *ladder], at_capacity, buffer)
+    parts = [
+        jnp.where(yes, lax.dynamic_slice(buffer, (at,), (int(n),)), 0)
+        for yes, at, n in zip(dense, start, sizes, strict=True)
+    ]
+    of_row = dense[layout.row_layer][:, None]
+    passed = jnp.where(of_row, x.reshape(-1, layout.row), 0).reshape(-1)
+    return layout.flatten(parts), passed, words
+
+
+def switch(needed: jax.Array, ladder: list[int], at_capacity: Callable, *args: Any):
+    """Calls `at_capacity` with the least capacity of a ladder that suffices.
+
+    The index must be the same on all workers: a collective stands in the branch.
+    """
+    if len(ladder) == 1:
+        return at_capacity(ladder[0], *args)
+    branches = [lambda *a, c=c: at_capacity(c, *a) for c in ladder]
+    index = jnp.searchsorted(jnp.array(ladder, jnp.int32), needed)
+    return lax.switch(index, branches, *args)
 
 
 def default_levels(options: Options, layout: Layout) -> np.ndarray:
@@ -496,7 +576,7 @@ def _residual(layout: Layout, rest: jax.Array, levels, feedback) -> jax.Array:
     """The part of what was not sent that error feedback keeps."""
     if all(feedback) or not layout.num_layers:
         return rest
-    on = jnp.array(feedback)[levels][layout.row_layer]
+    on = jnp.array(feedback)[jnp.maximum(levels, 0)][layout.row_layer]
     return jnp.where(on[:, None], rest.reshape(-1, layout.row), 0).reshape(-1)
 
 

@@ -48,8 +48,8 @@ code of its own:
    `exchange.switch` to a capacity, and in its branch one collective,
    `aggregate.all_reduce` or `aggregate.gather`, with the small tensors in it, and
    `Compressor.decode`, `sparsify._decode_values`, to the mean.
-5. `update` again: `aggregate.part_small`; new error = what entered the compressor - what
-   was sent; the mean goes back into the tree, and on to the optax optimizer.
+5. `update` again: `aggregate.part_small`; new error = what entered the compressor -
+   what was sent; the mean goes back into the tree, and on to the optax optimizer.
 
 What others do instead: `top_k` sends places as well (`sparsify._pack_indexed`),
 quantisers send codes (`quantize._fields`, `quantize._planes`), and rows of them may be
@@ -248,6 +248,7 @@ class Exchange(NamedTuple):
     row: int
     feedback: tuple[bool, ...]  # V flags: error feedback is on at this level
     admits: Callable  # layout -> bool[L, V], levels that may be chosen
+    carrier: str  # "all-gather", or "all-reduce" and what sends as many bytes
     accepts: Callable  # shape -> bool, whether such a tensor can be a layer
     words: Callable  # layout -> int64[L, V], words of a layer's messages
     # (layout, fixed, largest) -> for each collective a ladder of static lengths: the
@@ -263,6 +264,17 @@ class Exchange(NamedTuple):
     mean: Callable
 
 
+class Problem(NamedTuple):
+    """What a selector decides on: L layers, V candidates for each."""
+
+    errors: jax.Array  # float32[L, V], squared
+    words: np.ndarray  # int64[L, V]
+    default: jax.Array  # int32[L]
+    capacities: list  # of each collective, the lengths that its message may have
+    kinds: tuple[str, ...]  # V: how words travel, `Exchange.carrier` or "dense"
+    sizes: np.ndarray  # int64[L], elements of each layer
+
+
 class Selector(NamedTuple):
     """Chooses levels from tables; jitted, inside the training step."""
 
@@ -272,11 +284,9 @@ class Selector(NamedTuple):
     corrected: bool  # snapshots hold gradient + error, not the gradient alone
     worker: int | None  # whose table decides; None: the mean of all workers' tables
     shrinks: bool  # its levels never need more words than the default
+    dense: bool  # not to compress a layer at all is the last candidate
     init: Callable  # num_layers -> state
-    # (errors float32[L, V], words int64[L, V], default int32[L], capacities, state,
-    # kinds, sizes int64[L]) -> (levels int32[L], state). Errors are squared. `kinds`
-    # names for each of the V levels the collective of its words, "dense" where a layer
-    # would travel uncompressed. A level of -1 keeps the old ones.
+    # (Problem, state) -> (levels int32[L], state). A level of -1 keeps all old ones.
     update: Callable
 
 
@@ -313,7 +323,7 @@ class PerWorker(NamedTuple):
 class Info(NamedTuple):
     """What is worth logging of the last step; equal on all workers."""
 
-    levels: jax.Array  # int32[L], the levels of the last step
+    levels: jax.Array  # int32[L], the levels of the last step; -1 uncompressed
     words: Words  # what one worker contributed to the collectives of the last step
     dense: jax.Array  # bool, whether the last step was sent uncompressed (warm-up)
     skipped: jax.Array  # int32, steps skipped so far for a non-finite gradient

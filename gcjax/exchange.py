@@ -4,7 +4,7 @@ A public function for each: it builds the exchange and the aggregator around it.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,14 @@ import numpy as np
 from jax import lax
 
 from gcjax import base, wire
-from gcjax.aggregate import aggregator, all_reduce, gather, nearest_admitted, scatter
+from gcjax.aggregate import (
+    aggregator,
+    all_reduce,
+    gather,
+    nearest_admitted,
+    scatter,
+    switch,
+)
 from gcjax.base import Aggregator, Compressor, Exchange, Layout, Rows
 from gcjax.compressors import low_rank, quantize
 
@@ -105,6 +112,7 @@ def compressed_mean(
         admits=lambda layout: np.broadcast_to(
             admitted, (layout.num_layers, len(admitted))
         ),
+        carrier="all-gather" if collective == "all_gather" else "all-reduce",
         accepts=lambda shape: True,
         words=compressor.words,
         capacities=(
@@ -361,6 +369,7 @@ def power_sgd(
         row=1,
         feedback=(True,) * len(ranks),
         admits=admits,
+        carrier="all-reduce",
         accepts=lambda shape: bool(low_rank.admits(shape, ranks).any()),
         words=lambda layout: low_rank.words(layout, ranks),
         capacities=capacities,
@@ -375,15 +384,3 @@ def power_sgd(
 def _check_spacing(spacing: float) -> None:
     if not 1 < spacing <= 2:
         raise ValueError(f"spacing must be in (1, 2], got {spacing}")
-
-
-def switch(needed: jax.Array, ladder: list[int], at_capacity: Callable, *args: Any):
-    """Calls `at_capacity` with the least capacity of a ladder that suffices.
-
-    The index must be the same on all workers: a collective stands in the branch.
-    """
-    if len(ladder) == 1:
-        return at_capacity(ladder[0], *args)
-    branches = [lambda *a, c=c: at_capacity(c, *a) for c in ladder]
-    index = jnp.searchsorted(jnp.array(ladder, jnp.int32), needed)
-    return lax.switch(index, branches, *args)

@@ -19,7 +19,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from gcjax import aggregate, checkpoint, cluster, exchange, results, tasks, workers
+from gcjax import (
+    aggregate,
+    checkpoint,
+    cluster,
+    exchange,
+    network,
+    results,
+    tasks,
+    workers,
+)
 from gcjax.base import Aggregator, Words
 from gcjax.compressors import quantize, sparsify
 from gcjax.selectors import layers
@@ -44,7 +53,11 @@ _AGGREGATORS = _COMPRESSORS | {
     "compressed_mean": exchange.compressed_mean,
     "power_sgd": exchange.power_sgd,
 }
-_SELECTORS = {"uniform": layers.uniform, "lgreco": layers.lgreco}
+_SELECTORS = {
+    "uniform": layers.uniform,
+    "lgreco": layers.lgreco,
+    "layer_seconds": network.layer_seconds,
+}
 _TASKS = {
     "image_classification": tasks.image_classification,
     "language_model": tasks.language_model,

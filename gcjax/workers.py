@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gcjax.base import PerWorker
+from gcjax.base import AggregatorState
 
 
 def checked(axis_name: str) -> bool:
@@ -39,25 +39,37 @@ def as_local(tree: Any, axis_name: str = "workers") -> Any:
     return jax.tree.map(mark, tree) if checked(axis_name) else tree
 
 
-def state_specs(opt_state: Any, axis_name: str = "workers") -> Any:
+def state_specs(
+    opt_state: Any, axis_name: str = "workers", shard_axis: str | None = None
+) -> Any:
     """Partition specs of an optimizer state: what belongs to each worker, what to all.
 
     Args:
       opt_state: Any tree that contains aggregator states, through any optax wrapper;
         arrays or `jax.ShapeDtypeStruct`s.
       axis_name: Name of the workers' axis.
+      shard_axis: The aggregator's `shard_axis`.
 
     Returns:
       The same tree with `PartitionSpec(axis_name)` at per-worker leaves and
-      `PartitionSpec()` at all others.
+      `PartitionSpec()` at all others. With a `shard_axis` per-worker leaves belong to
+      each device, `PartitionSpec((axis_name, shard_axis))`; factors of PowerSGD and
+      the arrays of other transformations to each shard, `PartitionSpec(shard_axis)`.
     """
-    return jax.tree.map(
-        lambda x: (
-            jax.tree.map(lambda _: P(axis_name), x) if isinstance(x, PerWorker) else P()
-        ),
-        opt_state,
-        is_leaf=lambda x: isinstance(x, PerWorker),
-    )
+    device = P(axis_name) if shard_axis is None else P((axis_name, shard_axis))
+    shard = P() if shard_axis is None else P(shard_axis)
+    fill = lambda spec, tree: jax.tree.map(lambda _: spec, tree)
+
+    def specs(x: Any) -> Any:
+        if not isinstance(x, AggregatorState):
+            return shard if x.ndim else P()
+        shared = fill(P(), x._replace(worker=(), exchange=()))
+        return shared._replace(
+            worker=fill(device, x.worker), exchange=fill(shard, x.exchange)
+        )
+
+    is_state = lambda x: isinstance(x, AggregatorState)
+    return jax.tree.map(specs, opt_state, is_leaf=is_state)
 
 
 def over_workers(

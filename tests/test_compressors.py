@@ -413,8 +413,9 @@ def test_random_k_keeps_k_entries_of_each_layer_as_they_are():
 def read_codes(message, sizes, bits, groups, scales, unit, planes):
     """The documented formats, in plain Python: scales first, then units of codes.
 
-    With `planes` a unit of n elements is `bits` planes of n / 32 words w; in bit 8 j + s
-    of word w stands element 4 (s n / 32 + w) + j. Without, codes of one bit lie in order.
+    With `planes` a unit of n elements is `bits` planes of n / 32 words w; in bit
+    8 j + s of word w stands element 4 (s n / 32 + w) + j. Without, codes of one bit lie
+    in order.
     """
     head = int(np.sum(groups)) * scales
     layers_scales = np.split(

@@ -7,7 +7,7 @@ import pytest
 
 import gcjax
 from gcjax import network, results
-from gcjax.base import Words
+from gcjax.base import Problem, Words
 from gcjax.network import Codec, Link, measure, survey
 
 PARAMS = {"w": jnp.ones((32, 40)), "b": jnp.ones((40,))}
@@ -190,7 +190,9 @@ def errors(seed):
 
 def chosen(selector, errors, words, kinds=KINDS):
     default = jnp.asarray(DEFAULT, jnp.int32)
-    levels, _ = selector.update(errors, words, default, CAPACITIES, (), kinds, SIZES)
+    levels, _ = selector.update(
+        Problem(errors, words, default, CAPACITIES, kinds, SIZES), ()
+    )
     return np.asarray(levels)
 
 

@@ -10,7 +10,8 @@ PATH = {
     "exchange.py": "compressed_mean switch gather_with mean_with _needed",
     "compressors/sparsify.py": """random_k _largest _count _first_of_each_layer
         _word_counts _keep _counts _picked _pack_values _decode_values""",
-    "wire.py": "positions owner running_sum select_bit keep_lowest pack_bits unpack_bits",
+    "wire.py": """positions owner running_sum select_bit keep_lowest pack_bits
+        unpack_bits""",
     "base.py": "flatten unflatten pick",
 }
 

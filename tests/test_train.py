@@ -169,7 +169,7 @@ def test_micro_batches_give_the_same_step(config, tmp_path, monkeypatch):
 
 
 def test_record_counts_bits(config, tmp_path):
-    """A dense run sends 2 (N - 1) / N 32-bit words per parameter, one flag and the loss."""
+    """A dense run sends 2 (N - 1) / N words per parameter, a flag and the loss."""
     record = train.train(config, "dense", tmp_path)
     assert record == json.loads(json.dumps(record))
     written = results.read(tmp_path / "record.json")

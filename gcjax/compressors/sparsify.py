@@ -253,10 +253,7 @@ def _largest(layout: Layout, scores: jax.Array, k: jax.Array) -> jax.Array:
     # so that it varies over workers as the loop's result does.
     start = layout.max_rows(jnp.min(scores, axis=1)) * 0
     bound = lax.fori_loop(0, 31, descend, start)
-    above = wire.pack_bits(
-        scores.reshape(-1)
-        > jnp.repeat(bound[layout.row_layer], _ROW, total_repeat_length=layout.size)
-    )
+    above = wire.pack_bits((scores > bound[layout.row_layer][:, None]).reshape(-1))
     equal = wire.pack_bits((scores == bound[layout.row_layer][:, None]).reshape(-1))
     room = k - count(bound + 1)
     return above | _first_of_each_layer(layout, equal, room)
@@ -478,7 +475,9 @@ def _decode_indexed(densities, layout, messages, levels, shared) -> jax.Array:
         # on every device; room that is not used adds zeros.
         return total.at[place].add(wire.to_floats(message), mode="drop")
 
-    zero = jnp.zeros((layout.size,), jnp.float32)
+    # Made from the messages so that it varies over a mesh's axes as they do.
+    nothing = (messages[0, 0] & 0).astype(jnp.float32)
+    zero = jnp.zeros((layout.size,), jnp.float32) + nothing
     step = lambda i, total: add(messages[i], total)
     return lax.fori_loop(0, len(messages), step, zero) / len(messages)
 

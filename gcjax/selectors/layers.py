@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gcjax.base import Selector, pick
+from gcjax.base import Problem, Selector, pick
 from gcjax.selectors import knapsack
 
 
@@ -96,7 +96,8 @@ def lgreco(
     if snapshot_steps < 1:
         raise ValueError(f"lgreco: snapshot_steps must be >= 1, got {snapshot_steps}")
 
-    def update(errors, words, default, capacities, state, kinds=(), sizes=()):
+    def update(problem: Problem, state):
+        errors, words, default, capacities, kinds, sizes = problem
         errors = jnp.sqrt(errors) if error == "norm" else errors
         dense = np.array([kind == "dense" for kind in kinds] or [False])
         dense = np.broadcast_to(dense, words.shape[1])
@@ -130,6 +131,7 @@ def lgreco(
         corrected=sample == "corrected",
         worker=worker,
         shrinks=alpha >= 1,
+        dense=cost is not None,
         init=lambda num_layers: (),
         update=update,
     )
