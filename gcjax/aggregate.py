@@ -311,7 +311,8 @@ def update(
     # 5. What was not sent is this worker's new error.
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
     if any(exchange.feedback):
-        error = keep(_residual(layout, x - sent, levels, exchange.feedback), error)
+        rest = layout.clear_padding(x - sent)
+        error = keep(_residual(layout, rest, levels, exchange.feedback), error)
     if options.momentum is not None:
         if options.momentum_masking:
             new_velocity = jnp.where(sent == 0, new_velocity, 0)

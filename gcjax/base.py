@@ -134,6 +134,21 @@ class Layout(NamedTuple):
         """Mask of the elements that are not padding, bool[num_rows, row]."""
         return jnp.arange(self.row, dtype=jnp.int32) < self.row_valid[:, None]
 
+    @property
+    def partial_rows(self) -> np.ndarray:
+        """Rows that hold padding, int[at most L]."""
+        return np.flatnonzero(self.row_valid < self.row)
+
+    def clear_padding(self, flat: jax.Array) -> jax.Array:
+        """Sets the padding of a vector `[size]` to zero, touching no other row."""
+        rows = self.partial_rows
+        if not rows.size:
+            return flat
+        inside = np.arange(self.row) < self.row_valid[rows][:, None]
+        matrix = flat.reshape(-1, self.row)
+        cleared = jnp.where(inside, matrix[rows], 0)
+        return matrix.at[rows].set(cleared, unique_indices=True).reshape(-1)
+
     def sum_rows(self, per_row: jax.Array) -> jax.Array:
         """Sums a value per row `[num_rows]` to one per layer `[L]`."""
         return jax.ops.segment_sum(
@@ -183,8 +198,8 @@ class Compressor(NamedTuple):
     words: Callable  # layout -> int64[L, V], 32-bit words of a layer's message
     errors: Callable  # (layout, x) -> float32[L, V], squared error at every level
     init: Callable  # layout -> state of one worker, e.g. the thresholds of last step
-    # (layout, x, levels, keys, state) -> (units, x_hat float32[size], state). A layer
-    # at level -1 is not sent.
+    # (layout, x, levels, keys, state) -> (units, x_hat float32[size], state), whatever
+    # in the padding. A layer at level -1 is not sent.
     encode: Callable
     # (layout, units, levels, capacity) -> (message uint32[capacity], shared). A shorter
     # message is a prefix; `shared` is what all know without sending it, () where
@@ -201,7 +216,7 @@ class Rows(NamedTuple):
 
     valid: Any  # int[S, R], elements that are not padding
     width: Any  # int[S, R], bits of each element's code
-    full: bool  # nothing is padding
+    unit: int  # elements of a row that are sent or left out together
 
 
 class RowCodec(NamedTuple):

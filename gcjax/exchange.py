@@ -182,7 +182,7 @@ def _shares(compressor: Compressor, layout: Layout, count: int) -> np.ndarray:
 def _rows_of(rows: Rows, order: Any) -> Rows:
     """The rows `order` [S, R] of a layout's rows; padding has none."""
     last = lambda x: jnp.append(jnp.asarray(x, jnp.int32).reshape(-1), 0)[order]
-    return Rows(last(rows.valid), last(rows.width), False)
+    return Rows(last(rows.valid), last(rows.width), rows.unit)
 
 
 def _share_capacities(compressor, axis_name, spacing, layout: Layout, fixed, largest):
@@ -193,7 +193,7 @@ def _share_capacities(compressor, axis_name, spacing, layout: Layout, fixed, lar
     def longest(levels: np.ndarray) -> int:
         rows = compressor.rows.rows(layout, levels)
         take = lambda x: np.append(x.reshape(-1), 0)[order]
-        rows = Rows(take(rows.valid), take(rows.width), False)
+        rows = Rows(take(rows.valid), take(rows.width), rows.unit)
         return int(np.max(compressor.rows.words(rows)))
 
     if fixed is not None:

@@ -101,9 +101,14 @@ def file_name(config: ml_collections.ConfigDict, method: str) -> str:
 def write(record: dict[str, Any], path: Path) -> None:
     """Writes a record, its long series thinned out, in one move."""
     out = record | {"series": {k: thin(v) for k, v in record["series"].items()}}
+    write_json(out, path)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes JSON in one move, so that no reader finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_finite(out), indent=1) + "\n")
+    temporary.write_text(json.dumps(_finite(value), indent=1) + "\n")
     temporary.replace(path)
 
 

@@ -35,7 +35,7 @@ from gcjax.selectors import layers
 
 AXIS = "workers"
 # What the call strings of a config may name.
-_COMPRESSORS = {
+COMPRESSORS = {
     f.__name__: f
     for f in (
         quantize.identity,
@@ -49,11 +49,11 @@ _COMPRESSORS = {
         sparsify.threshold,
     )
 }
-_AGGREGATORS = _COMPRESSORS | {
+AGGREGATORS = COMPRESSORS | {
     "compressed_mean": exchange.compressed_mean,
     "power_sgd": exchange.power_sgd,
 }
-_SELECTORS = {
+SELECTORS = {
     "uniform": layers.uniform,
     "lgreco": layers.lgreco,
     "layer_seconds": network.layer_seconds,
@@ -119,8 +119,8 @@ def build_aggregator(config: ml_collections.ConfigDict, method: str) -> Aggregat
     """The aggregator of one method of a config."""
     if method == "dense":
         return exchange.compressed_mean(quantize.identity(), AXIS, seed=config.seed)
-    made = call(config.aggregator, _AGGREGATORS, "aggregator", seed=config.seed)
-    selector = call(method, _SELECTORS, "methods")
+    made = call(config.aggregator, AGGREGATORS, "aggregator", seed=config.seed)
+    selector = call(method, SELECTORS, "methods")
     return aggregate.adapt(made, selector, config.every, config.warmup_steps)
 
 

@@ -4,6 +4,8 @@ Everything that crosses the wire is an array of uint32 words, because narrower t
 are widened by some backends. Nothing here communicates.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,26 @@ def unpack_bits(words: jax.Array) -> jax.Array:
     """Unpacks uint32[..., n] into uint32[..., 32 * n] of zeros and ones."""
     lanes = (words[..., None] >> _LANES) & 1
     return lanes.reshape(*words.shape[:-1], -1)
+
+
+def stored(tree: Any) -> Any:
+    """Returns arrays as they are, but keeps XLA on CPUs from computing them twice.
+
+    Its fusion puts cheap producers into every consumer, once for each element that is
+    read, through optimisation barriers too; what is read 4 to 32 times is then computed
+    as often. A loop whose number of turns it does not know (it is none) stops that.
+    """
+
+    def loop(tree: Any) -> Any:
+        first = jax.tree.leaves(tree)[0]
+        bits = first.reshape(-1)[0]
+        if bits.dtype != jnp.uint32:
+            bits = lax.bitcast_convert_type(bits, jnp.uint32)
+        turns = (bits == 0x7F8DBEEF).astype(jnp.int32)  # and then i = 0
+        same = lambda i, tree: jax.tree.map(lambda x: x + i.astype(x.dtype), tree)
+        return lax.fori_loop(0, turns, same, tree)
+
+    return lax.platform_dependent(tree, cpu=loop, default=lambda tree: tree)
 
 
 def fit(words: jax.Array, capacity: int) -> jax.Array:

@@ -19,7 +19,7 @@ import gcjax  # noqa: E402
 from gcjax import aggregate, results, train  # noqa: E402
 
 AXIS = "workers"
-_NAMES = train._AGGREGATORS | train._SELECTORS | {"adapt": gcjax.adapt}
+_NAMES = train.AGGREGATORS | train.SELECTORS | {"adapt": gcjax.adapt}
 
 
 def loss(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:

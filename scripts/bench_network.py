@@ -63,7 +63,7 @@ METHODS = {
     "fp16": Method(None, "fp16"),
     "8 bits": Method(f"compressed_mean(qsgd(8), {_SHARES})"),
     "4 bits": Method(f"compressed_mean(qsgd(4), {_SHARES})"),
-    "top-k 1 %": Method("compressed_mean(top_k(0.01))"),
+    "top-k 1 %": Method("compressed_mean(top_k(0.01, tolerance=0.02))"),
     "PowerSGD r4": Method("power_sgd(4)", "power_sgd 4"),
     "PowerSGD r2": Method("power_sgd(2)", "power_sgd 2"),
     "PowerSGD r1": Method("power_sgd(1)", "power_sgd 1"),

@@ -46,7 +46,7 @@ def median_ms(fn, *args) -> float:
 def costs(config, task, family: str) -> dict[str, float]:
     """Milliseconds of each part of a selection, for one worker."""
     text, default = FAMILIES[family]
-    made = train.call(text, train._AGGREGATORS, "aggregator")
+    made = train.call(text, train.AGGREGATORS, "aggregator")
     params, _ = jax.jit(task.init)(jax.random.key(0))
     layout = made.layout(params)
     x = jax.random.normal(jax.random.key(1), (layout.size,)) ** 3

@@ -71,13 +71,19 @@ def qsgd(
             largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
             relative = x / jnp.where(largest > 0, largest, 1)  # squares stay finite
             return largest * jnp.sqrt(jnp.sum(relative**2, axis=1, keepdims=True))
-        least, most = x, x
-        if not rows.full:
-            valid = jnp.asarray(rows.valid).reshape(-1, 1)
-            inside = jnp.arange(bucket_size, dtype=jnp.int32) < valid
-            least, most = jnp.where(inside, x, jnp.inf), jnp.where(inside, x, -jnp.inf)
-        scales = jnp.stack([jnp.min(least, axis=1), jnp.max(most, axis=1)], axis=1)
-        return scales if rows.full else jnp.where(valid > 0, scales, 0)
+        ends = lambda low, high: jnp.stack([low.min(axis=1), high.max(axis=1)], axis=1)
+        scales, valid = ends(x, x), rows.valid.reshape(-1, 1)
+        # Rows with padding once more, without it; they are few.
+        if isinstance(valid, np.ndarray):
+            at = np.flatnonzero(valid < bucket_size)
+        else:
+            at = np.arange(len(x))
+        if not at.size:
+            return scales
+        inside = jnp.arange(bucket_size, dtype=jnp.int32) < valid[at]
+        x = x[at]
+        inner = ends(jnp.where(inside, x, jnp.inf), jnp.where(inside, x, -jnp.inf))
+        return scales.at[at].set(jnp.where(valid[at] > 0, inner, 0))
 
     def last_code(width: jax.Array) -> jax.Array:
         return ((1 << width) - (2 if norm == "l2" else 1))[:, None]
@@ -104,7 +110,7 @@ def qsgd(
     def errors(layout: Layout, x: jax.Array) -> jax.Array:
         """Expected squared error, exact for "nearest"; one pass for each width."""
         x = x.reshape(-1, bucket_size)
-        every = Rows(layout.row_valid[None], None, False)
+        every = Rows(layout.row_valid[None], None, bucket_size)
         scales, table = measure(x, every), []
         for b in bits:
             low, unit = grid(scales, jnp.full((layout.num_rows,), b, jnp.int32))
@@ -166,7 +172,7 @@ def sign(bucket_size: int | None = None) -> Compressor:
         if per_layer:
             scales = measure_layers(layout, x)[layout.row_layer]
         else:
-            scales = measure(x, Rows(layout.row_valid[None], None, False))
+            scales = measure(x, Rows(layout.row_valid[None], None, row))
         rest = jnp.where(layout.valid(), jnp.abs(x) - scales, 0)
         return layout.sum_rows(jnp.sum(rest**2, axis=1))[:, None]
 
@@ -357,7 +363,6 @@ class Units(NamedTuple):
 class _Body(NamedTuple):
     """How codes become words."""
 
-    unit: int  # elements whose words lie together
     store: Callable  # codes int32[R, row] -> stored
     load: Callable  # stored -> codes int32[R, row]
     # (stored, order int[S, R], rows [S, R], words) -> uint32[S, words]
@@ -388,8 +393,9 @@ def _quantiser(
     per_layer = measure_layers is not None
 
     def words(layout: Layout) -> np.ndarray:
-        units = -(-layout.sizes // body.unit)
-        codes = units[:, None] * np.array(widths) * (body.unit // wire.WORD)
+        unit = unit_of(layout, row)
+        units = -(-layout.sizes // unit)
+        codes = units[:, None] * np.array(widths) * (unit // wire.WORD)
         return codes + count * (1 if per_layer else layout.rows[:, None])
 
     def rows_of(layout: Layout, levels: Any) -> Rows:
@@ -398,15 +404,11 @@ def _quantiser(
             width = jnp.where(levels < 0, 0, jnp.array(width)[levels])
         else:
             width = width[levels]
-        full = bool((layout.row_valid == row).all())
-        return Rows(layout.row_valid[None], width[layout.row_layer][None], full)
+        width = width[layout.row_layer][None]
+        return Rows(layout.row_valid[None], width, unit_of(layout, row))
 
     def value(units: Units, rows: Rows) -> jax.Array:
-        x_hat = decode(body.load(units.codes), units.scales, rows.width.reshape(-1))
-        if rows.full:
-            return x_hat
-        valid = jnp.asarray(rows.valid).reshape(-1, 1)
-        return jnp.where(jnp.arange(row, dtype=jnp.int32) < valid, x_hat, 0)
+        return decode(body.load(units.codes), units.scales, rows.width.reshape(-1))
 
     def encode_rows(x: jax.Array, rows: Rows, key: jax.Array, scales=None) -> Units:
         if scales is None:
@@ -488,6 +490,15 @@ def _quantiser(
     )
 
 
+def unit_of(layout: Layout, row: int) -> int:
+    """Elements that are sent or left out together: a row, or a part of it where many
+    layers do not fill their last one.
+    """
+    if layout.size <= 1.01 * layout.sizes.sum():
+        return row
+    return int(np.gcd(row, 256))
+
+
 def mean_of(messages: jax.Array, part: Callable) -> jax.Array:
     """Mean of what messages say; of a few in one pass over the result."""
     count = len(messages)
@@ -508,7 +519,6 @@ def _fields(width: int, row: int) -> _Body:
     rows of a message are those of a layout in their order, units that hold nothing
     are left out.
     """
-    unit = int(np.gcd(row, 256))
     parts = [f for f in (16, 8, 4, 2, 1) if width & f]  # bits of each field
     shifts = [sum(parts[:i]) for i in range(len(parts))]
     ones = lambda f: jnp.int32((1 << f) - 1)
@@ -533,9 +543,10 @@ def _fields(width: int, row: int) -> _Body:
 
     def sent_units(rows: Rows) -> np.ndarray | None:
         """Units that are sent; None for all."""
-        if rows.full or not isinstance(rows.valid, np.ndarray) or len(rows.valid) > 1:
+        shares = not isinstance(rows.valid, np.ndarray) or len(rows.valid) > 1
+        if shares or rows.unit == row:
             return None
-        first = np.arange(row // unit) * unit
+        first = np.arange(row // rows.unit) * rows.unit
         return np.flatnonzero(first < rows.valid.reshape(-1, 1))
 
     def pack(fields: list[jax.Array], order: np.ndarray, rows: Rows, words: int):
@@ -543,7 +554,7 @@ def _fields(width: int, row: int) -> _Body:
         for x, f in zip(fields, parts, strict=True):
             x = jnp.pad(x, ((0, order.size - len(x)), (0, 0)))
             if chosen is not None:
-                x = x.reshape(-1, unit * f // wire.WORD)[chosen]
+                x = x.reshape(-1, rows.unit * f // wire.WORD)[chosen]
             out.append(x.reshape(len(order), -1))
         message = jnp.concatenate(out, axis=1)
         message = jnp.pad(message, ((0, 0), (0, words - message.shape[1])))
@@ -552,25 +563,25 @@ def _fields(width: int, row: int) -> _Body:
     def unpack(messages: jax.Array, rows: Rows, natural) -> list[jax.Array]:
         messages = lax.bitcast_convert_type(messages, jnp.int32)
         chosen, fields, at = sent_units(rows), [], 0
-        count = rows.valid.size * (row // unit)
+        count = rows.valid.size * (row // rows.unit)
         each = len(chosen) if chosen is not None else count // len(messages)
         for f in parts:
-            size = each * unit * f // wire.WORD
+            size = each * rows.unit * f // wire.WORD
             x = messages[:, at : at + size]
             at += size
-            if chosen is not None:
-                x = x.reshape(each, -1)
-                x = jnp.zeros((count, x.shape[1]), x.dtype).at[chosen].set(x)
+            if chosen is not None:  # what was left out is read as something else
+                x = x.reshape(each, -1)[np.searchsorted(chosen[:-1], np.arange(count))]
             x = x.reshape(rows.valid.size, -1)
             fields.append(x if natural is None else x[: len(natural)])
         return fields
 
     def words(rows: Rows) -> np.ndarray:
         chosen = sent_units(rows)
-        each = rows.valid.shape[1] * (row // unit) if chosen is None else len(chosen)
-        return np.full(len(rows.valid), each * unit * width // wire.WORD)
+        per_row = row // rows.unit
+        each = rows.valid.shape[1] * per_row if chosen is None else len(chosen)
+        return np.full(len(rows.valid), each * rows.unit * width // wire.WORD)
 
-    return _Body(unit, store, load, pack, unpack, words)
+    return _Body(store, load, pack, unpack, words)
 
 
 def _planes(widest: int, row: int) -> _Body:
@@ -579,8 +590,6 @@ def _planes(widest: int, row: int) -> _Body:
     Codes are stored as bytes. A unit's plane is `unit` bits; a message is, row by row
     and unit by unit, as many planes as the row's width says, fetched by one gather.
     """
-    unit = int(np.gcd(row, 256))
-    per_row, size = row // unit, unit // wire.WORD  # units in a row, words in a plane
     bytes_ = np.arange(0, wire.WORD, 8, dtype=np.uint32)
     steps = np.arange(8, dtype=np.uint32)[:, None]
     ones = np.uint32(0x01010101)  # one bit of each of the four bytes of a word
@@ -596,14 +605,15 @@ def _planes(widest: int, row: int) -> _Body:
 
     def lengths(rows: Rows) -> Any:
         """Planes of each unit, int[S, R, per_row]."""
-        first = np.arange(per_row, dtype=np.int32) * unit
+        first = np.arange(0, row, rows.unit, dtype=np.int32)
         used = (first < rows.valid[..., None]).astype(np.int32)
         return used * rows.width[..., None]
 
     def words(rows: Rows) -> Any:
-        return lengths(rows).sum((1, 2)) * size
+        return lengths(rows).sum((1, 2)) * (rows.unit // wire.WORD)
 
     def pack(stored: jax.Array, order: np.ndarray, rows: Rows, words: int):
+        per_row, size = row // rows.unit, rows.unit // wire.WORD
         bits = stored.reshape(-1, 1, 8, size)
         bits = (bits >> np.arange(widest, dtype=np.uint32)[:, None, None]) & ones
         planes = jnp.sum(bits << steps, axis=2, dtype=jnp.uint32).reshape(-1, size)
@@ -623,6 +633,7 @@ def _planes(widest: int, row: int) -> _Body:
         return jnp.pad(sent, ((0, 0), (0, words - sent.shape[1])))
 
     def unpack(messages: jax.Array, rows: Rows, natural) -> jax.Array:
+        per_row, size = row // rows.unit, rows.unit // wire.WORD
         count = jnp.asarray(lengths(rows), jnp.int32)
         slots = messages.shape[1] // size
         table = messages[:, : slots * size].reshape(-1, size)
@@ -638,11 +649,11 @@ def _planes(widest: int, row: int) -> _Body:
             for p in range(widest)
         ]
         stored = jnp.uint32(0)
-        for p, plane in enumerate(lax.optimization_barrier(planes)):
+        for p, plane in enumerate(wire.stored(planes)):
             stored |= ((plane[:, None, :] >> steps) & ones) << p
-        return lax.optimization_barrier(stored.reshape(-1, row // 4))
+        return wire.stored(stored).reshape(-1, row // 4)
 
-    return _Body(unit, store, load, pack, unpack, words)
+    return _Body(store, load, pack, unpack, words)
 
 
 def _check_bucket(name: str, bucket_size: int) -> None:

@@ -32,7 +32,7 @@ DENSITIES = (
     0.1,
 )
 
-_ROW = 256  # elements per row: few rows to sum over, little padding
+_ROW = 1024  # elements per row
 _BINS_PER_OCTAVE = 64  # of the histogram of magnitudes
 _OCTAVES = 32  # below the largest magnitude; what is smaller has no weight in float32
 
@@ -63,8 +63,8 @@ def top_k(
 
     Payload: per layer `values` float32[k], and the shortest of three codes of their
       places: 16 k bits relative to blocks of 65,536 elements, with a 32-bit count per
-      block if there is more than one; a bitmap of n bits, padded to rows of 256; or
-      32 k bits. Unused room of a tolerance is sent too.
+      block if there is more than one; a bitmap of n bits; or 32 k bits.
+      Unused room of a tolerance is sent too.
     Properties: contraction, ||x - C(x)||^2 <= (1 - k/n) ||x||^2, with a tolerance
       k (1 - tolerance) in place of k over all layers; biased, so it wants error
       feedback.
@@ -82,9 +82,11 @@ def top_k(
         if not tolerance:
             mask = _largest(layout, _magnitudes(layout, x), k)
         else:
-            bound, state = _search(layout, x, k, tolerance, state)
+            bound, over, state = _search(layout, x, k, tolerance, state)
             hits = jnp.abs(x).reshape(-1, _ROW) >= bound[layout.row_layer][:, None]
-            mask = _first_of_each_layer(layout, wire.pack_bits(hits.reshape(-1)), k)
+            mask = wire.pack_bits(hits).reshape(-1)
+            first = functools.partial(_first_of_each_layer, layout)
+            mask = lax.cond(over, first, lambda mask, k: mask, mask, k)
         return *_keep(x, mask), state
 
     return Compressor(
@@ -281,23 +283,21 @@ def _search(layout: Layout, x: jax.Array, k: jax.Array, tolerance: float, state)
     bracket is halved.
 
     Returns:
-      float32[L], and the state for the next step's search.
+      float32[L]; whether some layer has more than k[l]; the next step's state.
     """
     magnitude = jnp.abs(x).reshape(-1, _ROW)
     k = k.astype(jnp.float32)
     aim = jnp.maximum(k * (1 - tolerance / 2), 0.5)
     slack = tolerance / 2 * jnp.sum(k)
     old, slope = state
-    top = jnp.log2(layout.max_rows(jnp.max(magnitude, axis=1)))
-    top = jnp.maximum(top, -140.0)  # of a layer of zeros
-    at = jnp.where((old != 0) & (old < top), old, top - 2)
     slope = jnp.where(slope < 0, slope, -4.0)
 
     def miss(count: jax.Array) -> jax.Array:
         return jnp.log2(jnp.maximum(count, 0.5)) - jnp.log2(aim)
 
-    def off(count: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(k > 0, jnp.abs(count - aim), 0))
+    def off(at: jax.Array, count: jax.Array) -> jax.Array:
+        # Below 2^-140 nothing is left to be found, as in a layer of zeros.
+        return jnp.sum(jnp.where((k > 0) & (at > -140), jnp.abs(count - aim), 0))
 
     def count_at(at: jax.Array) -> jax.Array:
         bound = jnp.exp2(at)[layout.row_layer][:, None]
@@ -315,15 +315,16 @@ def _search(layout: Layout, x: jax.Array, k: jax.Array, tolerance: float, state)
         return i + 1, step, new, low, high, slope
 
     def more(carry: tuple) -> jax.Array:
-        i, _, count, *_ = carry
-        return (i < 40) & (off(count) > slack)
+        i, at, count, *_ = carry
+        return (i < 60) & (off(at, count) > slack)
 
-    start = (jnp.int32(0), at, count_at(at), top - 40, top + 1e-3, slope)
-    _, at, count, low, _, slope = lax.while_loop(more, refine, start)
+    ends = jnp.full_like(old, -150.0), jnp.full_like(old, 128.0)
+    carry = (jnp.int32(0), old, count_at(old), *ends, slope)
+    _, at, count, low, _, slope = lax.while_loop(more, refine, carry)
     # Ties may leave no threshold with the right count: rather too many, cut to k.
-    at = jnp.where((count < aim) & (off(count) > slack), low, at)
+    at = jnp.where((count < aim) & (off(at, count) > slack), low, at)
     bound = jnp.where(k > 0, jnp.exp2(at), jnp.inf)
-    return bound, jnp.stack([at, slope])
+    return bound, jnp.any(count > k), jnp.stack([at, slope])
 
 
 def _first_of_each_layer(layout: Layout, mask: jax.Array, room: jax.Array) -> jax.Array:
@@ -359,7 +360,7 @@ def _blocks(layout: Layout) -> np.ndarray:
 
 def _indexed_words(layout: Layout, k: np.ndarray) -> tuple[np.ndarray, ...]:
     """Words of a layer with k[L, V] entries, and the code of their places, [L, V]."""
-    bitmap = np.broadcast_to(layout.rows[:, None] * (_ROW // wire.WORD), k.shape)
+    bitmap = np.broadcast_to(-(-layout.sizes[:, None] // wire.WORD), k.shape)
     codes = np.stack([(k + 1) // 2 + _blocks(layout)[:, None], bitmap, k])
     return k + codes.min(0), codes.argmin(0)
 
@@ -392,17 +393,20 @@ def _first_slots(layout: Layout, mask: jax.Array, plan: _Plan) -> jax.Array:
 
 def _pack_indexed(densities, layout, units: Selected, levels, capacity: int):
     plan = _plan(layout, densities, levels)
-    starts = _first_slots(layout, units.mask, plan)
+    starts = wire.stored(_first_slots(layout, units.mask, plan))
     place, used = wire.positions(units.mask, starts, capacity)
+    place = wire.stored(jnp.where(used, place, -1))
+    used = place >= 0
     values = jnp.where(used, units.x.at[place].get(mode="clip"), 0)
     origin = jnp.asarray(layout.first_row * _ROW, jnp.int32)
     layer_of_word = jnp.asarray(np.repeat(layout.row_layer, _ROW // wire.WORD))
     layer = layer_of_word[jnp.minimum(place // wire.WORD, layer_of_word.size - 1)]
     local = jnp.where(used, place - origin[layer], 0).astype(jnp.uint32)
+    local, values = wire.stored((local, values))
 
     # The words after the values, each from what its layer's code says.
     slot = jnp.arange(capacity, dtype=jnp.int32)
-    layer = wire.owner(plan.places, capacity)
+    layer = wire.stored(wire.owner(plan.places, capacity))
     offset = slot - plan.places[layer]
     first = plan.first[layer]
     word = jnp.asarray(layout.first_row * (_ROW // wire.WORD), jnp.int32)[layer]
