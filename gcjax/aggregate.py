@@ -56,6 +56,14 @@ def scatter(x: jax.Array, axis_name: str, name: str) -> tuple[jax.Array, Words]:
     return received, no_words()._replace(scattered=size(x))
 
 
+def pass_on(x: jax.Array, axis_name: str, name: str) -> tuple[jax.Array, Words]:
+    """Sends x to the next worker of a ring and receives the one before's."""
+    count = lax.axis_size(axis_name)
+    ring = [(i, (i + 1) % count) for i in range(count)]
+    with _declared(name, x):
+        return lax.ppermute(x, axis_name, ring), no_words()._replace(permuted=size(x))
+
+
 def size(x: jax.Array) -> jax.Array:
     """Size of an array in 32-bit words, int32."""
     return jnp.int32(_words(x))
@@ -63,7 +71,7 @@ def size(x: jax.Array) -> jax.Array:
 
 def no_words() -> Words:
     """What one worker contributed where nothing was sent."""
-    return Words(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+    return Words(jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
 
 def _words(x: jax.Array) -> int:

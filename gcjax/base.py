@@ -250,6 +250,7 @@ class Words(NamedTuple):
     gathered: jax.Array  # int32, through all-gather
     reduced: jax.Array  # int32, through all-reduce
     scattered: jax.Array  # int32, through all-to-all
+    permuted: jax.Array  # int32, to the next worker of a ring
 
     def __add__(self, other: "Words") -> "Words":
         return Words(*(a + b for a, b in zip(self, other, strict=True)))

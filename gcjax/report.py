@@ -258,6 +258,8 @@ pairs are inconclusive; with more, the verdict tells on what all pairs agree."""
 
 def _experiments(runs_dir: Path) -> Iterable[tuple[str, list[Record]]]:
     for folder in sorted(p for p in runs_dir.glob("*") if p.is_dir()):
+        if folder.name.startswith("bench_"):  # of other scripts
+            continue
         records = [results.read(path) for path in sorted(folder.glob("*.json"))]
         if records:
             yield folder.name, records

@@ -33,11 +33,12 @@ def wire_bits(words: Words, num_workers: int) -> float:
     """Bits that one worker sends, by the collectives' usual algorithms.
 
     Of S bits all-gather sends (N - 1) S, a ring all-reduce 2 (N - 1) / N S, all-to-all
-    (N - 1) / N S.
+    (N - 1) / N S, a permutation S.
     """
     n = num_workers
-    gathered, reduced, scattered = (int(w) for w in words)
-    return 32 * (n - 1) * (gathered + 2 / n * reduced + scattered / n)
+    gathered, reduced, scattered, permuted = (int(w) for w in words)
+    shared = (n - 1) * (gathered + 2 / n * reduced + scattered / n)
+    return 32 * (shared + permuted)
 
 
 def new_record(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ _SHARES = "collective='reduce_scatter'"
 METHODS = {
     "none": Method("none", "none"),
     "dense f32": Method("compressed_mean(identity())", "ddp"),
-    "bf16": Method(f"compressed_mean(cast(), {_SHARES})", "bf16"),
+    "bf16": Method("compressed_mean(cast(), collective='ring')", "bf16"),
     "fp16": Method(None, "fp16"),
     "8 bits": Method(f"compressed_mean(qsgd(8), {_SHARES})"),
     "4 bits": Method(f"compressed_mean(qsgd(4), {_SHARES})"),
@@ -68,11 +68,13 @@ METHODS = {
     "PowerSGD r2": Method("power_sgd(2)", "power_sgd 2"),
     "PowerSGD r1": Method("power_sgd(1)", "power_sgd 1"),
     "L-GreCo 4 bits": Method(
-        f"adapt(compressed_mean(qsgd(), {_SHARES}), lgreco(4), 20)"
+        f"adapt(compressed_mean(qsgd(), {_SHARES}, spacing=1.2), lgreco(4), 20)"
     ),
-    "L-GreCo top-k 1 %": Method("adapt(compressed_mean(top_k()), lgreco(0.01), 20)"),
+    "L-GreCo top-k 1 %": Method(
+        "adapt(compressed_mean(top_k(tolerance=0.02), spacing=1.2), lgreco(0.01), 20)"
+    ),
     "L-GreCo PowerSGD r4": Method(
-        "adapt(power_sgd((1, 2, 3, 4, 5, 6, 8)), lgreco(4), 20)"
+        "adapt(power_sgd((1, 2, 3, 4, 5, 6, 8), spacing=1.2), lgreco(4), 20)"
     ),
 }
 WARM_UP = 5  # steps, past PyTorch's two dense ones; of adaptive methods:

@@ -21,6 +21,16 @@ AGGREGATORS = {
     "cast scattered": lambda: gcjax.compressed_mean(
         gcjax.cast(), collective="reduce_scatter"
     ),
+    "cast ring": lambda: gcjax.compressed_mean(gcjax.cast(), collective="ring"),
+    "qsgd ring adaptive": lambda: gcjax.adapt(
+        gcjax.compressed_mean(
+            gcjax.qsgd((3, 4, 6), 256, rounding="nearest"),
+            collective="ring",
+            spacing=2.0,
+        ),
+        gcjax.lgreco(4, error="squared"),
+        every=2,
+    ),
     "qsgd scattered adaptive": lambda: gcjax.adapt(
         gcjax.compressed_mean(
             gcjax.qsgd((2, 3, 4, 6), 256, rounding="nearest"),

@@ -6,6 +6,7 @@ One shape per function, so that each compiles once; hypothesis varies the conten
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -88,7 +89,7 @@ def test_keep_lowest_keeps_that_many_of_the_lowest_bits(mask, counts):
 
 
 CAPACITY = 60  # below the 160 possible positions: both too many and too few occur
-positions = jax.jit(wire.positions, static_argnums=1)
+positions = jax.jit(wire.positions, static_argnums=2)
 
 
 @few
@@ -96,12 +97,47 @@ positions = jax.jit(wire.positions, static_argnums=1)
 @example(np.zeros(WORDS, np.uint32))
 @example(np.array([0, 0, 1 << 31, 0, 1], np.uint32))
 @example(np.full(WORDS, 0xFFFFFFFF, np.uint32))
-def test_positions_are_those_of_the_set_bits_then_distinct_ones_outside(mask):
-    found = np.asarray(positions(mask, CAPACITY))
+def test_positions_are_those_of_the_set_bits(mask):
+    counts = np.array([bin(int(w)).count("1") for w in mask])
+    start = (np.cumsum(counts) - counts).astype(np.int32)
+    found, used = map(np.asarray, positions(mask, start, CAPACITY))
     at = np.flatnonzero(bits_of(mask))[:CAPACITY]
-    np.testing.assert_array_equal(found[: at.size], at)
-    assert (found[at.size :] >= 32 * WORDS).all()
-    assert (np.diff(found) > 0).all(), "not unique and ascending"
+    np.testing.assert_array_equal(used, np.arange(CAPACITY) < at.size)
+    np.testing.assert_array_equal(found[used], at)
+
+
+@few
+@given(words, st.integers(0, 40))
+def test_positions_of_segments_start_where_they_shall(mask, gap):
+    """Two segments of words, with unused slots after the first."""
+    counts = np.array([bin(int(w)).count("1") for w in mask])
+    start = np.cumsum(counts) - counts
+    start[2:] += gap
+    found, used = map(np.asarray, positions(mask, start.astype(np.int32), 200))
+    at, slot = np.flatnonzero(bits_of(mask)), np.flatnonzero(used)
+    np.testing.assert_array_equal(found[used], at)
+    np.testing.assert_array_equal(slot, np.arange(at.size) + gap * (at >= 64))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12))
+def test_owner_is_the_segment_of_each_slot(sizes):
+    start = np.cumsum(sizes) - sizes
+    found = np.asarray(wire.owner(jnp.asarray(start, jnp.int32), int(sum(sizes)) + 2))
+    expected = np.repeat(np.arange(len(sizes)), sizes)
+    np.testing.assert_array_equal(found[: expected.size], expected)
+
+
+@pytest.mark.parametrize("size", [1, 64, 100, 6400])
+def test_running_sum_is_the_cumulative_sum(size):
+    x = np.random.default_rng(0).integers(-5, 9, size)
+    found = wire.running_sum(jnp.asarray(x, jnp.int32))
+    np.testing.assert_array_equal(found, np.cumsum(x))
+
+
+def test_stored_returns_what_it_is_given():
+    tree = jnp.arange(5, dtype=jnp.int32), jnp.array([np.nan, 2.0])
+    for x, y in zip(jax.jit(wire.stored)(tree), tree, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 # --- Segments. -----------------------------------------------------------------------

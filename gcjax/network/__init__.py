@@ -16,7 +16,12 @@ import numpy as np
 # TCP with time stamps leaves 1448.
 ETHERNET_TCP = 1514 / 1448
 # The collective that carries each kind of `Words`.
-CARRIERS = dict(gathered="all-gather", reduced="all-reduce", scattered="all-to-all")
+CARRIERS = {
+    "gathered": "all-gather",
+    "reduced": "all-reduce",
+    "scattered": "all-to-all",
+    "permuted": "collective-permute",
+}
 
 
 class Link(NamedTuple):
@@ -185,7 +190,7 @@ def compare(records: Iterable[Mapping[str, Any]], link: Link) -> list[Comparison
     Args:
       records: Of each method and rate, a mapping with "rate" (bits/s that a worker can
         send), "num_workers", "words" (32-bit words per step that a worker contributed,
-        by the kinds of `Words`: gathered, reduced, scattered), "step_seconds" and
+        by the kinds of `Words`: gathered and so on), "step_seconds" and
         "compute_seconds" (measured, the latter without any exchange), "codec_seconds"
         and, optionally, "collectives" (how many a step has, by the same kinds; one of
         each used kind without it).
