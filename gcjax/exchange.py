@@ -402,7 +402,8 @@ def power_sgd(
         p = each(low_rank.product, layers, q)
         p, small, words = mean_factors("left_factors", p, small, rank, capacities[0])
         p = each(low_rank.orthogonalize, p, rank)
-        own = each(lambda m, p: low_rank.product(m.T, p), layers, p)
+        # (P^T M)^T: the same as M^T P without a transposed copy of M.
+        own = each(lambda m, p: low_rank.product(p.T, m).T, layers, p)
         none = jnp.zeros((0,), jnp.float32)
         q, _, more = mean_factors("right_factors", own, none, rank, capacities[1])
 
