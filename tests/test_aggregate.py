@@ -15,11 +15,11 @@ from jax.sharding import PartitionSpec as P
 import gcjax
 
 
-def adaptive_top_k(densities=(0.001, 0.003, 0.01, 0.03), **options):
+def adaptive_top_k(densities=(0.001, 0.003, 0.01, 0.03), default=0.01, **options):
     """A short ladder with few lengths, which compiles quickly."""
     return gcjax.adapt(
         gcjax.compressed_mean(gcjax.top_k(densities), spacing=1.4, **options),
-        gcjax.lgreco(0.01, solver="dp"),
+        gcjax.lgreco(default, solver="dp"),
         every=2,
     )
 
@@ -130,7 +130,7 @@ def test_declared_bits_of_every_capacity_are_in_the_compiled_program(mesh):
 
 @pytest.mark.parametrize("where", ["vmap", "shard_map"])
 def test_one_compilation_over_twenty_selections_with_bytes_that_follow(where, mesh):
-    made = adaptive_top_k((0.001, 0.002, 0.005, 0.01, 0.02, 0.05))
+    made = adaptive_top_k((0.005, 0.01, 0.02, 0.05, 0.1), default=0.05)
     run = trainer(made, tree(), mesh if where == "shard_map" else None)
     state, sent, levels = run.init(tree()), set(), set()
     batch = grads()  # made before the count starts

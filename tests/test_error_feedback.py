@@ -100,7 +100,8 @@ def resend(compressor, layout, x, levels, step) -> jax.Array:
         units, *_ = compressor.encode(layout, x, levels, keys, compressor.init(layout))
         capacity = int(compressor.words(layout).max(1).sum())
         message, shared = compressor.pack(layout, units, levels, capacity)
-        return compressor.decode(layout, message[None], levels, shared)
+        found = compressor.decode(layout, message[None], levels, shared)
+        return layout.clear_padding(found)
 
     return jax.vmap(one)(x, jnp.arange(N))
 

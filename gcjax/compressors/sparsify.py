@@ -307,11 +307,13 @@ def _search(layout: Layout, x: jax.Array, k: jax.Array, tolerance: float, state)
         i, at, count, low, high, slope = carry
         low = jnp.where(count > aim, at, low)  # too many: the threshold lies above
         high = jnp.where(count > aim, high, at)
-        step = at - miss(count) / slope
+        step = at - jnp.clip(miss(count) / slope, -8, 8)
         step = jnp.where((step > low) & (step < high), step, (low + high) / 2)
-        new = count_at(step)
-        moved = (miss(new) - miss(count)) / jnp.where(step == at, 1, step - at)
-        slope = jnp.where(moved < -0.1, moved, slope)
+        near = jnp.abs(count - aim) <= jnp.maximum(tolerance / 4 * k, 0.5)
+        step = jnp.where(near, at, step)
+        new, far = count_at(step), jnp.abs(step - at) > 1e-3
+        moved = (miss(new) - miss(count)) / jnp.where(far, step - at, 1)
+        slope = jnp.where(far, jnp.clip(moved, -64, -0.25), slope)
         return i + 1, step, new, low, high, slope
 
     def more(carry: tuple) -> jax.Array:
@@ -322,9 +324,10 @@ def _search(layout: Layout, x: jax.Array, k: jax.Array, tolerance: float, state)
     carry = (jnp.int32(0), old, count_at(old), *ends, slope)
     _, at, count, low, _, slope = lax.while_loop(more, refine, carry)
     # Ties may leave no threshold with the right count: rather too many, cut to k.
-    at = jnp.where((count < aim) & (off(at, count) > slack), low, at)
+    failed = (count < aim) & (off(at, count) > slack)
+    at = jnp.where(failed, low, at)
     bound = jnp.where(k > 0, jnp.exp2(at), jnp.inf)
-    return bound, jnp.any(count > k), jnp.stack([at, slope])
+    return bound, jnp.any((count > k) | failed), jnp.stack([at, slope])
 
 
 def _first_of_each_layer(layout: Layout, mask: jax.Array, room: jax.Array) -> jax.Array:

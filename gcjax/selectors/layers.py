@@ -27,7 +27,8 @@ def uniform(default: Any) -> Selector:
         worker=None,
         shrinks=True,
         init=lambda num_layers: (),
-        update=lambda errors, words, default, *rest: (default, rest[1]),
+        dense=False,
+        update=lambda problem, state: (problem.default, state),
     )
 
 
