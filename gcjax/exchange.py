@@ -25,6 +25,7 @@ from gcjax.aggregate import (
 )
 from gcjax.base import Aggregator, Compressor, Exchange, Layout, Rows
 from gcjax.compressors import low_rank, quantize
+from gcjax.workers import as_local
 
 
 def compressed_mean(
@@ -409,8 +410,10 @@ def power_sgd(
 
         restore = lambda p, q: low_rank.product(p, q.T)
         total = layout.flatten(each(restore, p, q))
-        local = layout.flatten(each(restore, p, own))
-        sent = local if error == "local" else local - local + total
+        if error == "local":
+            sent = layout.flatten(each(restore, p, own))
+        else:
+            sent = as_local(total, axis_name)  # each worker's own from here on
         kept = lambda new, old, r: jnp.where(jnp.arange(old.shape[1]) < r, new, old)
         state = each(kept, q, factors, rank), own_state
         return total, small, sent, state, words + more

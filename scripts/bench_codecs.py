@@ -40,13 +40,6 @@ import gcjax  # noqa: E402
 from gcjax import command, results, train  # noqa: E402
 from gcjax.base import Keys, Layout, level_index  # noqa: E402
 
-SIZE = flags.DEFINE_integer("size", 10_000_000, "Elements of the gradient.")
-LAYERS = flags.DEFINE_integer("layers", 60, "Layers that they are in.")
-REPEATS = flags.DEFINE_integer("repeats", 21, "Runs of each part; medians are shown.")
-COMPILE = flags.DEFINE_list("compile", ["20", "60", "200"], "Layers to compile for.")
-OUT = flags.DEFINE_string("out", "results", "Folder of results.")
-REPORT = flags.DEFINE_bool("report", False, "Only write the table from the record.")
-
 # Compressor, the level that is timed, and what the table says of it.
 CASES = {
     "4 bits, nearest": ("qsgd(4, rounding='nearest')", 4),
@@ -77,7 +70,7 @@ def median_ms(fn: Callable, args: list, into: dict[int, int]) -> tuple[float, fl
     """
     compiled = jax.jit(fn, donate_argnums=tuple(into.values()), keep_unused=True)
     args, times = list(args), []
-    for _ in range(REPEATS.value + 2):
+    for _ in range(flags.FLAGS.repeats + 2):
         begun = time.perf_counter()
         out = jax.block_until_ready(compiled(*args))
         times.append(1e3 * (time.perf_counter() - begun))
@@ -94,7 +87,7 @@ def copies(size: int) -> dict[str, float]:
     copy = lambda x, out: (lax.optimization_barrier(x) * 1,)
     by_xla, _ = median_ms(copy, [x, jnp.zeros_like(x)], {0: 1})
     source, target, times = np.asarray(x), np.empty(size, np.float32), []
-    for _ in range(REPEATS.value):
+    for _ in range(flags.FLAGS.repeats):
         begun = time.perf_counter()
         np.copyto(target, source)
         times.append(1e3 * (time.perf_counter() - begun))
@@ -110,7 +103,7 @@ def layout_of(compressor: gcjax.Compressor, size: int, layers: int) -> Layout:
 def time_codec(text: str, level: object) -> dict[str, float]:
     """Encoding, with and without the new error, and decoding of one or four, in ms."""
     c = train.call(text, train.COMPRESSORS, "compressor")
-    layout = layout_of(c, SIZE.value, LAYERS.value)
+    layout = layout_of(c, flags.FLAGS.size, flags.FLAGS.layers)
     at = np.full(layout.num_layers, level_index(c.levels, level))
     capacity = int(c.words(layout)[np.arange(at.size), at].sum())
     levels = jnp.asarray(at, jnp.int32)
@@ -164,8 +157,8 @@ def time_codec(text: str, level: object) -> dict[str, float]:
 
 def library_top_k() -> float:
     """`jax.lax.top_k` of the magnitudes, 1 %, in ms: what thresholds stand for."""
-    x = jax.random.normal(jax.random.key(0), (SIZE.value,), jnp.float32)
-    top = lambda x: lax.top_k(jnp.abs(x), SIZE.value // 100)
+    x = jax.random.normal(jax.random.key(0), (flags.FLAGS.size,), jnp.float32)
+    top = lambda x: lax.top_k(jnp.abs(x), flags.FLAGS.size // 100)
     return median_ms(top, [x], {})[0]
 
 
@@ -193,13 +186,13 @@ def measure() -> dict:
     """The record of all measurements."""
     record = {
         "schema": 1,
-        "size": SIZE.value,
-        "layers": LAYERS.value,
-        "repeats": REPEATS.value,
+        "size": flags.FLAGS.size,
+        "layers": flags.FLAGS.layers,
+        "repeats": flags.FLAGS.repeats,
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         "jax": jax.__version__,
-        "copy_ms": copies(SIZE.value),
+        "copy_ms": copies(flags.FLAGS.size),
         "codecs": {},
         "compile_seconds": {},
     }
@@ -207,9 +200,9 @@ def measure() -> dict:
         record["codecs"][name] = time_codec(*case)
         print(f"{name}: {record['codecs'][name]}", flush=True)
     record["lax_top_k_ms"] = library_top_k()
-    record["copy_ms_after"] = copies(SIZE.value)
+    record["copy_ms_after"] = copies(flags.FLAGS.size)
     for family, case in ADAPTIVE.items():
-        of_layers = {n: compile_seconds(*case, int(n)) for n in COMPILE.value}
+        of_layers = {n: compile_seconds(*case, int(n)) for n in flags.FLAGS.compile}
         record["compile_seconds"][family] = of_layers
         print(f"{family}: compiled in {of_layers} s", flush=True)
     return record
@@ -276,21 +269,32 @@ def table(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_report(runs: Path, out: Path) -> list[Path]:
+    """Writes `tables/bench_codecs_<device>.md` for every record; returns paths."""
+    written = []
+    for path in sorted((runs / "bench_codecs").glob("*.json")):
+        written.append(out / "tables" / f"bench_codecs_{path.stem}.md")
+        written[-1].parent.mkdir(parents=True, exist_ok=True)
+        written[-1].write_text(table(json.loads(path.read_text())))
+    return written
+
+
 def main() -> None:
-    """Measures, or reads what was measured, and writes record and table."""
-    kind = jax.devices()[0].platform
-    path = Path(OUT.value) / "runs" / "bench_codecs" / f"{kind}.json"
-    if REPORT.value:
-        record = json.loads(path.read_text())
-    else:
+    """Measures, and writes record and table."""
+    runs = Path(flags.FLAGS.out) / "runs"
+    if not flags.FLAGS.report:
         record = measure()
+        path = runs / "bench_codecs" / f"{jax.devices()[0].platform}.json"
         results.write_json(record, path)
-    text = table(record)
-    out = Path(OUT.value) / "tables" / f"bench_codecs_{kind}.md"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
-    print(text)
+    for path in write_report(runs, Path(flags.FLAGS.out)):
+        print(path.read_text())
 
 
 if __name__ == "__main__":
+    flags.DEFINE_integer("size", 10_000_000, "Elements of the gradient.")
+    flags.DEFINE_integer("layers", 60, "Layers that they are in.")
+    flags.DEFINE_integer("repeats", 21, "Runs of each part; medians are shown.")
+    flags.DEFINE_list("compile", ["20", "60", "200"], "Layers to compile for.")
+    flags.DEFINE_string("out", "results", "Folder of results.")
+    flags.DEFINE_bool("report", False, "Only write the table from the record.")
     command.run(main)

@@ -84,6 +84,17 @@ def figure(records: list[dict], rate: str) -> Figure:
     return drawn
 
 
+def write_report(runs: Path, out: Path) -> list[Path]:
+    """Draws `figures/slow_network_seconds.png` if there are records; returns paths."""
+    paths = sorted((runs / "slow_network").glob("*.json"))
+    if not paths:
+        return []
+    path = out / "figures" / "slow_network_seconds.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure([results.read(p) for p in paths], "100 Mbit/s").savefig(path, dpi=120)
+    return [path]
+
+
 def main() -> None:
     """Does what is not recorded, then draws."""
     given, config = flags.FLAGS, flags.FLAGS.config
@@ -99,13 +110,8 @@ def main() -> None:
             do(file, config, *run, path)
         except KeyboardInterrupt:
             sys.exit("stopped; the next call goes on with the run that was stopped")
-    records = [results.read(path) for path in paths if path.exists()]
-    if not records:
-        raise ValueError(f"no records in {folder}; leave out --report")
-    out = Path(given.out) / "figures" / f"{config.experiment}_seconds.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure(records, given.rate).savefig(out, dpi=120)
-    print(out)
+    for path in write_report(Path(given.runs), Path(given.out)):
+        print(path)
 
 
 if __name__ == "__main__":
