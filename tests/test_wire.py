@@ -119,6 +119,7 @@ def test_positions_of_segments_start_where_they_shall(mask, gap):
     np.testing.assert_array_equal(slot, np.arange(at.size) + gap * (at >= 64))
 
 
+@few
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12))
 def test_owner_is_the_segment_of_each_slot(sizes):
     start = np.cumsum(sizes) - sizes
