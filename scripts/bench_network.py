@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gcjax import cluster, command  # noqa: E402
+from gcjax import cluster, command, network  # noqa: E402
 
 PROCESSES = 4
 SCHEMA = 1
@@ -429,14 +429,41 @@ same method; gcjax's bf16 also stands against PyTorch's fp16, of the same size. 
 vs bf16: how many times faster gcjax's exchange is than its own dense ones. "-": nothing
 to compare with, or an exchange that drowns in the spread of the step without one.
 Adaptive methods select their levels at every 20th step.
-PyTorch's PowerSGD compresses all matrices (`min_compression_rate=1`) in one bucket: with
-its default buckets over gloo it hung or crashed in trials, as its collectives start in
-callbacks whose order may differ between ranks."""
+PyTorch's PowerSGD compresses all matrices (`min_compression_rate=1`) in one bucket: in
+trials with its default buckets over gloo it hung or crashed, maybe because collectives
+start in callbacks whose order can differ between ranks."""
 _BYTES = """\
 Bytes of a rank and step. Declared: what the side says it sends: for gcjax
 `results.wire_bits`, for PyTorch the buffers that are handed to all-reduces, times
 2 (N - 1) / N. Interface: what the network interface counts, TCP, IP and Ethernet
 headers and acknowledgements included; mean over ranks and rates."""
+
+_MODEL = """\
+Steps of gcjax in ms as `gcjax.network` predicts them from the step without a limit
+(computation, codec and the latency of collectives) and the declared bytes, as that step
++ bytes x `find_link(rate).seconds_per_byte`, headers included; and what was measured."""
+
+
+def _predictions(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Predicted and measured steps of every method at every limited rate."""
+    lines = [["model", "rate", "method", "measured", "predicted", "error"]]
+    for free in (r for r in records if r["rate"] == "unlimited"):
+        base = rows_of(free)
+        for record in records:
+            if record["model"] != free["model"] or record["rate"] == "unlimited":
+                continue
+            link, rows = network.find_link(record["rate"]), rows_of(record)
+            for name in METHODS:
+                key = "gcjax", name
+                if name == "none" or key not in rows or key not in base:
+                    continue
+                measured = rows[key].step[1]
+                wire = 1e3 * rows[key].declared * link.seconds_per_byte
+                predicted = base[key].step[1] + wire
+                error = f"{100 * (predicted / measured - 1):+.0f}%"
+                cells = [record["model"], record["rate"], name]
+                lines.append([*cells, _ms(measured), _ms(predicted), error])
+    return lines
 
 
 def _table(records: list[dict[str, Any]]) -> str:
@@ -461,6 +488,17 @@ def _table(records: list[dict[str, Any]]) -> str:
         parts.append(f"### {_TITLE[model]}")
         parts.append(_markdown(_sizes(own)))
         parts.append("\n".join(_fits(own)))
+    predicted = _predictions(records)
+    if len(predicted) > 1:
+        errors = [abs(float(line[-1].rstrip("%"))) for line in predicted[1:]]
+        parts.append("## The cost model")
+        parts.append(_MODEL)
+        parts.append(_markdown(predicted))
+        parts.append(
+            f"Absolute error: median {np.median(errors):.0f} %, largest "
+            f"{max(errors):.0f} %, within 15 % in {sum(e <= 15 for e in errors)} of "
+            f"{len(errors)} cases."
+        )
     parts.append("## Methods")
     lines = [["method", "gcjax", "PyTorch"]]
     for name in METHODS:
