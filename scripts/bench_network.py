@@ -440,8 +440,9 @@ headers and acknowledgements included; mean over ranks and rates."""
 
 _MODEL = """\
 Steps of gcjax in ms as `gcjax.network` predicts them from the step without a limit
-(computation, codec and the latency of collectives) and the declared bytes, as that step
-+ bytes x `find_link(rate).seconds_per_byte`, headers included; and what was measured."""
+(computation, codec and the latency of collectives) and the declared bytes, as that
+step + bytes x `find_link(rate).seconds_per_byte`, headers included; and the measured
+ones."""
 
 
 def _predictions(records: list[dict[str, Any]]) -> list[list[str]]:
