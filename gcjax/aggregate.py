@@ -313,7 +313,7 @@ def update(
     words += more
     dense_mean, ok = part_small(small, dense)
     if options.shard_axis is not None:
-        bad, more = all_reduce(1 - ok.astype(jnp.float32), options.shard_axis, "finite")
+        bad, more = all_reduce(jnp.where(ok, 0.0, 1.0), options.shard_axis, "finite")
         ok, words = bad == 0, words + more
 
     # 5. What was not sent is this worker's new error.

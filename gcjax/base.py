@@ -45,7 +45,7 @@ code of its own:
    `exchange.compressed_mean`:
    `Compressor.encode`, in `sparsify.random_k`: threshold (`_largest`), mask, x_hat;
    `Compressor.pack`, `sparsify._pack_values` with `wire.positions`;
-   `exchange.switch` to a capacity, and in its branch one collective,
+   `aggregate.switch` to a capacity, and in its branch one collective,
    `aggregate.all_reduce` or `aggregate.gather`, with the small tensors in it, and
    `Compressor.decode`, `sparsify._decode_values`, to the mean.
 5. `update` again: `aggregate.part_small`; new error = what entered the compressor -

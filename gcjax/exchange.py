@@ -110,33 +110,23 @@ def compressed_mean(
         total, small, words = switch(needed, ladder, at_capacity, message, shared)
         return total, small, sent, (shared_state, own), words
 
-    in_shares = collective in ("reduce_scatter", "ring")
+    if collective in ("reduce_scatter", "ring"):
+        of_shares = _of_shares(compressor, axis_name, feedback, spacing, collective)
+        capacities, mean = of_shares
     exchange = Exchange(
         name=compressor.name,
         levels=compressor.levels,
         row=compressor.row,
         feedback=tuple(feedback.tolist()),
-        admits=lambda layout: np.broadcast_to(
-            admitted, (layout.num_layers, len(admitted))
-        ),
+        admits=lambda layout: np.tile(admitted, (layout.num_layers, 1)),
         carrier="all-gather" if collective == "all_gather" else "all-reduce",
         accepts=lambda shape: True,
         words=compressor.words,
-        capacities=(
-            functools.partial(_share_capacities, compressor, axis_name, spacing)
-            if in_shares
-            else capacities
-        ),
+        capacities=capacities,
         errors=compressor.errors,
         init=lambda layout, key: (),
         init_worker=compressor.init,
-        mean=(
-            functools.partial(
-                _mean_by_shares, compressor, axis_name, feedback, collective == "ring"
-            )
-            if in_shares
-            else mean
-        ),
+        mean=mean,
     )
     return aggregator(exchange, axis_name, **options)
 
@@ -192,6 +182,15 @@ def _rows_of(rows: Rows, order: Any) -> Rows:
     """The rows `order` [S, R] of a layout's rows; padding has none."""
     last = lambda x: jnp.append(jnp.asarray(x, jnp.int32).reshape(-1), 0)[order]
     return Rows(last(rows.valid), last(rows.width), rows.unit)
+
+
+def _of_shares(compressor, axis_name, feedback, spacing, collective: str) -> tuple:
+    """Capacities and mean of an exchange whose rows are dealt out to the workers."""
+    ring = collective == "ring"
+    return (
+        functools.partial(_share_capacities, compressor, axis_name, spacing),
+        functools.partial(_mean_by_shares, compressor, axis_name, feedback, ring),
+    )
 
 
 def _share_capacities(compressor, axis_name, spacing, layout: Layout, fixed, largest):

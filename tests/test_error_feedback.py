@@ -423,3 +423,32 @@ def test_the_options_of_deep_gradient_compression(options):
 def test_momentum_zero_is_no_momentum_but_a_velocity():
     state = mean_of(gcjax.top_k(0.1), momentum=0.0).init({"w": jnp.zeros(SHAPE)})
     assert state.worker.value.velocity.size >= SIZE
+
+
+# --- Shares that are compressed more than once. --------------------------------------
+
+
+@pytest.mark.parametrize("collective", ["reduce_scatter", "ring"])
+def test_errors_of_shares_stay_bounded(collective):
+    """Over 300 steps, at every level, and what is lost on the way is not forgotten."""
+    compressor = gcjax.qsgd((2, 3, 4, 8), bucket_size=256)
+    aggregator = mean_of(compressor, collective=collective, level=8)
+    levels = jnp.arange(4, dtype=jnp.int32)
+    params = [jnp.zeros(SHAPE)] * 4
+    layout, worker = aggregator.layout(params), trainer(aggregator, params)
+
+    def step(state, g):
+        g = [g[0]] * 4
+        x = jax.vmap(layout.flatten)(g) + state.worker.value.error
+        mean, new = worker.update(state, g)
+        error = new.worker.value.error
+        kept = jnp.mean(x - error, 0) - layout.flatten(mean)
+        kept = jnp.max(jnp.abs(kept.reshape(4, -1)), axis=1) / jnp.max(jnp.abs(x))
+        return new, (jnp.linalg.norm(error.reshape(N, 4, -1), axis=-1), kept)
+
+    scan = jax.jit(lambda state, g: lax.scan(step, state, g)[1])
+    norms, kept = scan(worker.init(params)._replace(levels=levels), gradients()[:300])
+    norms = np.asarray(norms).max(1)  # the worst worker's
+    assert (norms[200:].max(0) <= 1.3 * norms[50:150].max(0)).all()
+    # At 2 bits nothing of the second compression is fed back, which would diverge.
+    assert float(kept[:, 1:].max()) <= 1e-6

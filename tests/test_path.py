@@ -6,8 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1] / "gcjax"
 PATH = {
     "aggregate.py": """update split join_small part_small exchanged gather all_reduce
-        lengths default_levels _residual nearest_admitted _refuse_summed""",
-    "exchange.py": "compressed_mean switch gather_with mean_with _needed",
+        switch lengths default_levels _residual nearest_admitted _refuse_summed""",
+    "exchange.py": "compressed_mean gather_with mean_with _needed",
     "compressors/sparsify.py": """random_k _largest _count _first_of_each_layer
         _word_counts _keep _counts _picked _pack_values _decode_values""",
     "wire.py": """positions owner running_sum select_bit keep_lowest pack_bits
