@@ -456,13 +456,10 @@ def exchanged(
     keys = Keys(jax.random.fold_in(key, 0), worker)
 
     def compressed(x: jax.Array):
-        mean, small_mean, sent, new, words = options.exchange.mean(
+        out = options.exchange.mean(
             layout, x, small, levels, states, keys, lengths(options, layout)
         )
-        if options.selector is not None and options.selector.dense:
-            more, passed, more_words = _uncompressed_layers(options, layout, x, levels)
-            mean, sent, words = mean + more, sent + passed, words + more_words
-        return mean, small_mean, sent, new, words
+        return _with_uncompressed_layers(options, layout, x, levels, out)
 
     def uncompressed(x: jax.Array):
         layers = [m.reshape(-1) for m in layout.unflatten(x)]
@@ -479,12 +476,11 @@ def exchanged(
     return lax.cond(dense, uncompressed, compressed, x)
 
 
-def _uncompressed_layers(options: Options, layout: Layout, x: jax.Array, levels):
-    """Mean of the layers that travel uncompressed, zeros elsewhere.
-
-    Returns:
-      The mean, this worker's part in it, and the words sent.
-    """
+def _with_uncompressed_layers(options: Options, layout: Layout, x, levels, out):
+    """Adds the layers that travel uncompressed to what an exchange returned."""
+    if options.selector is None or not options.selector.dense:
+        return out
+    mean, small, sent, states, sent_words = out
     dense, sizes = levels == DENSE, layout.sizes
     lengths = jnp.where(dense, jnp.asarray(sizes, jnp.int32), 0)
     start = jnp.cumsum(lengths) - lengths
@@ -510,7 +506,8 @@ def _uncompressed_layers(options: Options, layout: Layout, x: jax.Array, levels)
     ]
     of_row = dense[layout.row_layer][:, None]
     passed = jnp.where(of_row, x.reshape(-1, layout.row), 0).reshape(-1)
-    return layout.flatten(parts), passed, words
+    mean, sent = mean + layout.flatten(parts), sent + passed
+    return mean, small, sent, states, sent_words + words
 
 
 def switch(needed: jax.Array, ladder: list[int], at_capacity: Callable, *args: Any):

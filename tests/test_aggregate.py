@@ -449,3 +449,48 @@ def test_the_rule_decides_what_is_compressed():
     rule = lambda path, shape: path.startswith("c/")
     made = gcjax.compressed_mean(gcjax.top_k(0.05), compress=rule)
     assert made.layout(tree()).paths == ("c/kernel", "c/scale")
+
+
+# --- Layers that travel uncompressed. -------------------------------------------------
+
+
+class MiddleIsFree:
+    """A cost at which only the second layer is better not compressed."""
+
+    def __call__(self, words, sizes, kinds):
+        costs = np.array(words, float)
+        for column, kind in enumerate(kinds):
+            if kind == "dense":
+                costs[:, column] = 1e9
+                costs[1, column] = 0
+        return costs
+
+    def once(self, kind):
+        return 0.0
+
+
+@pytest.mark.parametrize("where", ["vmap", "shard_map"])
+def test_a_layer_may_travel_uncompressed(where, mesh):
+    aggregator = gcjax.adapt(
+        gcjax.compressed_mean(gcjax.top_k((0.003, 0.01, 0.03)), spacing=2.0),
+        gcjax.lgreco(0.01, cost=MiddleIsFree()),
+        every=2,
+    )
+    run = trainer(aggregator, tree(), mesh if where == "shard_map" else None)
+    state, layout = run.init(tree()), aggregator.layout(tree())
+    for step in range(4):
+        error = state.worker.value.error
+        batch = grads(step)
+        mean, state = run.update(state, batch)
+    levels, words = np.asarray(info(state).levels), info(state).words
+    assert levels[1] == -1 and (levels[[0, 2]] >= 0).all()
+    # It is sent as it is, with what was still owed, and leaves no error.
+    uncompressed = int(words.reduced)
+    assert layout.sizes[1] <= uncompressed <= 1.25 * layout.sizes[1]
+    leaves = [x for x in jax.tree.leaves(batch) if x[0].size >= 1024]
+    x = jax.vmap(lambda *g: layout.flatten(list(g)))(*leaves) + error
+    found = layout.flatten([x for x in jax.tree.leaves(mean) if x.size >= 1024])
+    kept = jnp.mean(x - state.worker.value.error, 0)
+    np.testing.assert_allclose(found, kept, atol=1e-5)
+    middle = layout.unflatten(jnp.mean(x, 0))[1]
+    np.testing.assert_allclose(layout.unflatten(found)[1], middle, atol=1e-5)
