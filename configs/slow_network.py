@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from configs import base
+from configs import base, lgreco_cifar10
 
 # Aggregator and uniform level.
 BF16 = ("compressed_mean(cast(), collective='ring')", "16")
@@ -48,12 +48,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.learning_rate = 0.05
     config.eval_every = 50
     if arg == "quick":
-        config.experiment += "_quick"
-        config.task = "image_classification('digits', 'small_cnn')"
         config.mapping = "simulated"
-        config.num_workers = 2
-        config.steps, config.every, config.eval_every, config.log_every = 8, 2, 4, 2
-        config.warmup_steps = config.lr_warmup_steps = 2
+        return lgreco_cifar10.quick(config)
     return config
 
 

@@ -137,7 +137,7 @@ def owner(start: jax.Array, capacity: int) -> jax.Array:
 
     Args:
       start: int32[S], first slot of each segment, ascending; an empty segment starts
-        where the next one does. Slot 0 belongs to the first one that starts there.
+        where the next one does, which takes the slot.
       capacity: Static length of the buffer.
     """
     number = jnp.arange(start.size, dtype=jnp.int32)

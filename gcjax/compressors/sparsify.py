@@ -332,17 +332,17 @@ def _search(layout: Layout, x: jax.Array, k: jax.Array, tolerance: float, state)
 
 def _first_of_each_layer(layout: Layout, mask: jax.Array, room: jax.Array) -> jax.Array:
     """Keeps the first room[l] set bits of each layer of a packed mask."""
-    word_layer, counts, before = _word_counts(layout, mask)
+    word_layer, before = _word_counts(layout, mask)
     return wire.keep_lowest(mask, jnp.maximum(room[word_layer] - before, 0))
 
 
 def _word_counts(layout: Layout, mask: jax.Array):
-    """Of each word of a packed mask: its layer, set bits, and those before in it."""
+    """Of each word of a packed mask: its layer, and the bits set before it there."""
     per_row = _ROW // wire.WORD
     word_layer = np.repeat(layout.row_layer, per_row)
     counts = lax.population_count(mask).astype(jnp.int32)
     before = wire.running_sum(counts) - counts
-    return word_layer, counts, before - before[layout.first_row * per_row][word_layer]
+    return word_layer, before - before[layout.first_row * per_row][word_layer]
 
 
 def _keep(x: jax.Array, mask: jax.Array) -> tuple[Selected, jax.Array]:
@@ -390,7 +390,7 @@ def _plan(layout: Layout, densities: tuple[float, ...], levels: jax.Array) -> _P
 
 def _first_slots(layout: Layout, mask: jax.Array, plan: _Plan) -> jax.Array:
     """Slot of each word's first entry, int32[size / 32]."""
-    word_layer, _, before = _word_counts(layout, mask)
+    word_layer, before = _word_counts(layout, mask)
     return plan.first[word_layer] + before
 
 
