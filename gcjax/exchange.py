@@ -95,24 +95,24 @@ def compressed_mean(
         units, sent, own = compressor.encode(layout, x, levels, keys, own)
         message, shared = compressor.pack(layout, units, levels, ladder[-1])
 
-        def at_capacity(capacity: int, message: jax.Array, shared: Any):
-            message = message[:capacity]
-            if compressor.linear:
-                message = wire.to_floats(message)
-                total, small_mean, words = mean_with(message, small, axis_name)
-                messages = wire.to_words(total)[None]
-            else:
-                messages, small_mean, words = gather_with(message, small, axis_name)
-            total = compressor.decode(layout, messages, levels, shared)
-            return total, small_mean, words
+        collect = mean_with if compressor.linear else gather_with
+
+        def collected(room: int, capacity: int, message: jax.Array):
+            messages, *more = collect(message[:capacity], small, axis_name)
+            return jnp.pad(messages, ((0, 0), (0, room - capacity))), *more
+
+        def decoded(room: int, message: jax.Array, shared: Any):
+            of_room = functools.partial(collected, room)
+            messages, *more = switch(needed, rooms[room], of_room, message)
+            return compressor.decode(layout, messages, levels, shared), *more
 
         needed = _needed(compressor.words(layout), levels)
-        total, small, words = switch(needed, ladder, at_capacity, message, shared)
+        rooms = _rooms(ladder)
+        total, small, words = switch(needed, list(rooms), decoded, message, shared)
         return total, small, sent, (shared_state, own), words
 
     if collective in ("reduce_scatter", "ring"):
-        of_shares = _of_shares(compressor, axis_name, feedback, spacing, collective)
-        capacities, mean = of_shares
+        capacities, mean = _dealt(compressor, axis_name, feedback, spacing, collective)
     exchange = Exchange(
         name=compressor.name,
         levels=compressor.levels,
@@ -131,6 +131,22 @@ def compressed_mean(
     return aggregator(exchange, axis_name, **options)
 
 
+def _rooms(ladder: list[int]) -> dict[int, list[int]]:
+    """Groups lengths within a factor of 1.5, by the largest of each group, ascending.
+
+    A group shares one decoder, for its largest length: with one for every length,
+    decoders would be most of what there is to compile.
+    """
+    rooms: dict[int, list[int]] = {}
+    for capacity in reversed(ladder):
+        room = min(rooms, default=0)
+        if capacity * 1.5 > room > 0:
+            rooms[room].append(capacity)
+        else:
+            rooms[capacity] = [capacity]
+    return {room: sorted(rooms[room]) for room in sorted(rooms)}
+
+
 def _needed(words: np.ndarray, levels: jax.Array) -> jax.Array:
     """Words of all layers that are sent, int32."""
     return jnp.sum(jnp.where(levels < 0, 0, base.pick(words, jnp.maximum(levels, 0))))
@@ -138,22 +154,25 @@ def _needed(words: np.ndarray, levels: jax.Array) -> jax.Array:
 
 # --- Small tensors ride along. --------------------------------------------------------
 
-# Words up to which what small tensors cost more by all-gather than by an all-reduce of
-# their own is less than that one's latency.
-_RIDES = 1024
+# By all-gather the small tensors cost N / 2 times as much as by an all-reduce of their
+# own, which is worth its latency if they are few: words, or a share of the message.
+_RIDE_WORDS, _RIDE_SHARE = 64, 1 / 8
 
 
-def mean_with(x: jax.Array, small: jax.Array, axis_name: str, name: str = "message"):
-    """Means of x and of the small tensors, by one all-reduce."""
-    both, words = all_reduce(jnp.concatenate([small, x]), axis_name, name)
-    return both[small.size :], both[: small.size], words
+def mean_with(
+    message: jax.Array, small: jax.Array, axis_name: str, name: str = "message"
+):
+    """The mean of all workers' linear messages, [1, any], and of the small tensors."""
+    both = jnp.concatenate([small, wire.to_floats(message)])
+    both, words = all_reduce(both, axis_name, name)
+    return wire.to_words(both[small.size :])[None], both[: small.size], words
 
 
 def gather_with(
     message: jax.Array, small: jax.Array, axis_name: str, name: str = "message"
 ):
     """All workers' messages, and the mean of the small tensors."""
-    if small.size > _RIDES:
+    if small.size > max(_RIDE_WORDS, _RIDE_SHARE * message.size):
         messages, words = gather(message, axis_name, name)
         mean, more = all_reduce(small, axis_name, "small_tensors")
         return messages, mean, words + more
@@ -179,12 +198,14 @@ def _shares(compressor: Compressor, layout: Layout, count: int) -> np.ndarray:
 
 
 def _rows_of(rows: Rows, order: Any) -> Rows:
-    """The rows `order` [S, R] of a layout's rows; padding has none."""
-    last = lambda x: jnp.append(jnp.asarray(x, jnp.int32).reshape(-1), 0)[order]
+    """Rows in the order [S, R], where padding has none; NumPy if both are."""
+    static = all(isinstance(x, np.ndarray) for x in (rows.valid, rows.width, order))
+    np_or_jnp = np if static else jnp
+    last = lambda x: np_or_jnp.append(np_or_jnp.ravel(x).astype(np.int32), 0)[order]
     return Rows(last(rows.valid), last(rows.width), rows.unit)
 
 
-def _of_shares(compressor, axis_name, feedback, spacing, collective: str) -> tuple:
+def _dealt(compressor, axis_name, feedback, spacing, collective: str) -> tuple:
     """Capacities and mean of an exchange whose rows are dealt out to the workers."""
     ring = collective == "ring"
     return (
@@ -199,9 +220,7 @@ def _share_capacities(compressor, axis_name, spacing, layout: Layout, fixed, lar
     order = _shares(compressor, layout, count)
 
     def longest(levels: np.ndarray) -> int:
-        rows = compressor.rows.rows(layout, levels)
-        take = lambda x: np.append(x.reshape(-1), 0)[order]
-        rows = Rows(take(rows.valid), take(rows.width), rows.unit)
+        rows = _rows_of(compressor.rows.rows(layout, levels), order)
         return int(np.max(compressor.rows.words(rows)))
 
     if fixed is not None:
@@ -378,11 +397,11 @@ def power_sgd(
         flat = jnp.concatenate([f.T.reshape(-1) for f in factors])
         sizes = np.array([f.size for f in factors])
         lengths = rank * jnp.array([f.shape[0] for f in factors], jnp.int32)
-        buffer = wire.compact(flat, sizes, lengths, ladder[-1])
+        buffer = wire.to_words(wire.compact(flat, sizes, lengths, ladder[-1]))
 
         def at_capacity(capacity: int, buffer: jax.Array):
-            total, *more = mean_with(buffer[:capacity], small, axis_name, name)
-            return wire.fit(total, ladder[-1]), *more
+            (total,), *more = mean_with(buffer[:capacity], small, axis_name, name)
+            return wire.fit(wire.to_floats(total), ladder[-1]), *more
 
         total, small, words = switch(lengths.sum(), ladder, at_capacity, buffer)
         flat = wire.expand(total, sizes, lengths)

@@ -175,17 +175,17 @@ def positions(mask: jax.Array, start: jax.Array, capacity: int) -> tuple:
 
 
 def capacity_ladder(
-    low: int, high: int, exact: np.ndarray, spacing: float, multiple: int = 1
+    low: int, high: int, exact: np.ndarray, spacing: float
 ) -> list[int]:
     """Static lengths for messages between `low` and `high` words.
 
     Neighbours differ by the factor `spacing` at most, so that rounding up costs about
     `(spacing - 1) / 2` on average; `exact` lengths up to `high` are on the ladder as
-    they are. All are multiples of `multiple`, as `low`, `high` and `exact` must be.
+    they are.
     """
     count = int(np.ceil(np.log(high / low) / np.log(spacing))) if high > low else 0
     steps = low * (high / low) ** (np.arange(count + 1) / max(count, 1))
-    steps = np.ceil(steps / multiple - 1e-9).astype(int) * multiple
+    steps = np.ceil(steps - 1e-9).astype(int)
     ladder = {low, high, *steps.tolist(), *(int(e) for e in exact)}
     return sorted(c for c in ladder if low <= c <= high)
 

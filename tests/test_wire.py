@@ -206,22 +206,19 @@ def test_fit_cuts_and_pads():
     factor=st.floats(1, 300),
     exact=st.lists(st.integers(1, 100_000), max_size=4),
     spacing=st.floats(1.01, 2),
-    multiple=st.sampled_from([1, 2, 3]),
 )
-@example(low=1, factor=1.0, exact=[], spacing=1.05, multiple=1)
+@example(low=1, factor=1.0, exact=[], spacing=1.05)
 def test_capacity_ladder_is_fine_and_holds_the_exact_lengths(
-    low, factor, exact, spacing, multiple
+    low, factor, exact, spacing
 ):
-    low, exact = low * multiple, [e * multiple for e in exact]
-    high = max(low, int(low * factor) // multiple * multiple)
-    ladder = wire.capacity_ladder(low, high, np.array(exact), spacing, multiple)
+    high = max(low, int(low * factor))
+    ladder = wire.capacity_ladder(low, high, np.array(exact), spacing)
     assert ladder[0] == low and ladder[-1] == high
     assert ladder == sorted(set(ladder))
-    assert all(c % multiple == 0 for c in ladder)
     assert {e for e in exact if low <= e <= high} <= set(ladder)
-    # A step is the factor `spacing`, rounded up to the next multiple.
+    # A step is the factor `spacing`, rounded up.
     for a, b in zip(ladder, ladder[1:], strict=False):
-        assert b <= np.ceil(a * spacing / multiple) * multiple
+        assert b <= np.ceil(a * spacing)
 
 
 # --- Random numbers. -----------------------------------------------------------------
