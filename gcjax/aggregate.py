@@ -64,6 +64,20 @@ def pass_on(x: jax.Array, axis_name: str, name: str) -> tuple[jax.Array, Words]:
         return lax.ppermute(x, axis_name, ring), no_words()._replace(permuted=size(x))
 
 
+def send(x: jax.Array, source: int, target: int, axis_name: str, name: str):
+    """Sends x from one worker to one other; all others receive zeros.
+
+    What is counted is the caller's affair: the one sends, not all.
+    """
+    with _declared(name, x):
+        return lax.ppermute(x, axis_name, [(source, target)])
+
+
+def every_workers(x: jax.Array, axis_name: str) -> jax.Array:
+    """All workers' arrays, stacked, without a message: where workers are simulated."""
+    return lax.all_gather(x, axis_name)
+
+
 def size(x: jax.Array) -> jax.Array:
     """Size of an array in 32-bit words, int32."""
     return jnp.int32(_words(x))
@@ -71,7 +85,7 @@ def size(x: jax.Array) -> jax.Array:
 
 def no_words() -> Words:
     """What one worker contributed where nothing was sent."""
-    return Words(jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+    return Words(*[jnp.int32(0)] * len(Words._fields))
 
 
 def _words(x: jax.Array) -> int:
@@ -224,6 +238,13 @@ def adapt(
 def _build(options: Options) -> Aggregator:
     if options.level is not None:  # a value that is not on the ladder fails here
         base.level_index(options.exchange.levels, options.level)
+    if options.exchange.weights is not None and (
+        options.adaptive or options.warmup_steps or options.shard_axis
+    ):
+        raise ValueError(
+            f"{options.exchange.name}: it allocates by itself and takes no selector of "
+            "levels, no uncompressed warm-up and no shard_axis"
+        )
     for value in (options.selector and options.selector.levels) or ():
         base.level_index(options.exchange.levels, value)
     return Aggregator.make(
@@ -253,13 +274,17 @@ def _init(options: Options, params: Any) -> AggregatorState:
         compressor=exchange.init_worker(layout),
     )
     levels = jnp.asarray(default_levels(options, layout), jnp.int32)
+    words = no_words()
+    if exchange.weights is not None:
+        each = jnp.zeros((len(exchange.weights),), jnp.int32)
+        words = words._replace(uploaded=each)
     return AggregatorState(
         worker=PerWorker(worker),
         step=jnp.int32(0),
         levels=levels,
         selector=selector.init(layout.num_layers) if selector else (),
         exchange=exchange.init(layout, jax.random.key(options.seed)),
-        info=Info(levels, no_words(), jnp.bool(False), jnp.int32(0), jnp.int32(0)),
+        info=Info(levels, words, jnp.bool(False), jnp.int32(0), jnp.int32(0)),
     )
 
 
@@ -308,7 +333,7 @@ def update(
 
     # 4. The mean over workers, and this worker's part in it.
     mean, small, sent, new_states, more = exchanged(
-        options, layout, x, small, levels, state
+        options, layout, x, fresh, small, levels, state
     )
     words += more
     dense_mean, ok = part_small(small, dense)
@@ -442,7 +467,7 @@ def reselect(options: Options, layout: Layout, state: AggregatorState):
 
 
 def exchanged(
-    options: Options, layout: Layout, x, small, levels: Any, state: AggregatorState
+    options: Options, layout: Layout, x, fresh, small, levels, state: AggregatorState
 ):
     """Mean over workers: uncompressed during the warm-up, then by the exchange."""
     states = state.exchange, state.worker.value.compressor
@@ -457,7 +482,7 @@ def exchanged(
 
     def compressed(x: jax.Array):
         out = options.exchange.mean(
-            layout, x, small, levels, states, keys, lengths(options, layout)
+            layout, x, fresh, small, levels, states, keys, lengths(options, layout)
         )
         return _with_uncompressed_layers(options, layout, x, levels, out)
 

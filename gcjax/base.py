@@ -43,7 +43,7 @@ code of its own:
 3. The error is added: this is what enters the compressor.
 4. `aggregate.exchanged` -> `Exchange.mean`. For most families that is `mean` in
    `exchange.compressed_mean`:
-   `Compressor.encode`, in `sparsify.random_k`: threshold (`_largest`), mask, x_hat;
+   `Compressor.encode`, in `sparsify.random_k`: threshold (`largest`), mask, x_hat;
    `Compressor.pack`, `sparsify._pack_values` with `wire.positions`;
    `aggregate.switch` to a capacity, and in its branch one collective,
    `aggregate.all_reduce` or `aggregate.gather`, with the small tensors in it, and
@@ -51,7 +51,7 @@ code of its own:
 5. `update` again: `aggregate.part_small`; new error = what entered the compressor -
    what was sent; the mean goes back into the tree, and on to the optax optimizer.
 
-What others do instead: `top_k` sends places as well (`sparsify._pack_indexed`),
+What others do instead: `top_k` sends places as well (`sparsify.pack_indexed`),
 quantisers send codes (`quantize._fields`, `quantize._planes`), and rows of them may be
 dealt out to the workers (`exchange._mean_by_shares`, two collectives);
 `exchange.power_sgd` has a `mean` of its own, with two collectives.
@@ -251,6 +251,9 @@ class Words(NamedTuple):
     reduced: jax.Array  # int32, through all-reduce
     scattered: jax.Array  # int32, through all-to-all
     permuted: jax.Array  # int32, to the next worker of a ring
+    # int32[n], what each of n workers sent to a server, whose sizes differ; [] without
+    uploaded: jax.Array
+    downloaded: jax.Array  # int32, what the server sent to each worker
 
     def __add__(self, other: "Words") -> "Words":
         return Words(*(a + b for a, b in zip(self, other, strict=True)))
@@ -274,10 +277,12 @@ class Exchange(NamedTuple):
     errors: Callable  # (layout, x) -> float32[L, V]
     init: Callable  # (layout, key) -> state, the same on all workers
     init_worker: Callable  # layout -> state of each worker for itself
-    # (layout, x, small, levels, (state, own state), keys, capacities) -> (mean, mean of
-    # small, sent, both states, Words). `small` float32[any] is not compressed. A layer
-    # at level -1 is not sent.
+    # (layout, x, gradient, small, levels, (state, own state), keys, capacities) ->
+    # (mean, mean of small, sent, both states, Words). `gradient` is x less the error.
+    # `small` float32[any] is not compressed. A layer at level -1 is not sent.
     mean: Callable
+    # Of a mean that is not plain: each worker's weight, adding up to 1.
+    weights: tuple[float, ...] | None = None
 
 
 class Problem(NamedTuple):

@@ -90,7 +90,8 @@ def compressed_mean(
         exact = np.append(words.sum(0), layout.sizes.sum())
         return [wire.capacity_ladder(low, high, exact, spacing)]
 
-    def mean(layout, x, small, levels, state, keys, capacities):
+    def mean(layout, x, gradient, small, levels, state, keys, capacities):
+        del gradient
         (ladder,), (shared_state, own) = capacities, state
         units, sent, own = compressor.encode(layout, x, levels, keys, own)
         message, shared = compressor.pack(layout, units, levels, ladder[-1])
@@ -241,6 +242,7 @@ def _mean_by_shares(
     ring,
     layout,
     x,
+    gradient,
     small,
     levels,
     state,
@@ -253,6 +255,7 @@ def _mean_by_shares(
     compresses the mean again and sends it to all. All use what was decoded, the owner
     too, so that replicas agree.
     """
+    del gradient
     codec, (shared_state, own) = compressor.rows, state
     count, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
     order = _shares(compressor, layout, count)
@@ -411,8 +414,8 @@ def power_sgd(
         ]
         return means, small, words
 
-    def mean(layout, x, small, levels, state, keys, capacities):
-        del keys
+    def mean(layout, x, gradient, small, levels, state, keys, capacities):
+        del gradient, keys
         factors, own_state = state
         rank = jnp.where(levels < 0, 0, jnp.array(ranks, jnp.int32)[levels])
         layers = low_rank.matrices(layout, x)

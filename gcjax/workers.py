@@ -80,6 +80,7 @@ def over_workers(
     axis_name: str = "workers",
     num_workers: int | None = None,
     mesh: Mesh | None = None,
+    check_vma: bool = True,
 ) -> Callable:
     """Maps one worker's function over all workers, simulated or on devices.
 
@@ -91,6 +92,7 @@ def over_workers(
       axis_name: Name of the workers' axis.
       num_workers: N simulated workers, by `jax.vmap`; with `mesh` None.
       mesh: Device mesh with the axis, one worker on each device, by `jax.shard_map`.
+      check_vma: Of `jax.shard_map`; `gcjax.parameter_server` wants False.
 
     Returns:
       A function of global arrays, the same ones under both mappings.
@@ -121,4 +123,10 @@ def over_workers(
         args = each(in_specs, args, lambda x: x[0])
         return each(out_specs, fn(*args), lambda x: x[None])
 
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=check_vma,
+    )

@@ -8,7 +8,7 @@ PATH = {
     "aggregate.py": """update split join_small part_small exchanged gather all_reduce
         switch lengths default_levels _residual nearest_admitted _refuse_summed""",
     "exchange.py": "compressed_mean gather_with mean_with _needed",
-    "compressors/sparsify.py": """random_k _largest _count _first_of_each_layer
+    "compressors/sparsify.py": """random_k largest _count first_of_each_layer
         _word_counts _keep _counts _picked _pack_values _decode_values""",
     "wire.py": """positions owner running_sum select_bit keep_lowest pack_bits
         unpack_bits""",

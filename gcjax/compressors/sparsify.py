@@ -5,8 +5,8 @@ layers, so neither the work nor the compile time depends on the number of layers
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ DENSITIES = (
     0.1,
 )
 
-_ROW = 1024  # elements per row
+ROW = 1024  # elements per row
 _BINS_PER_OCTAVE = 64  # of the histogram of magnitudes
 _OCTAVES = 32  # below the largest magnitude; what is smaller has no weight in float32
 
@@ -80,22 +80,22 @@ def top_k(
         del keys
         k = _picked(_counts(layout, densities), levels)
         if not tolerance:
-            mask = _largest(layout, _magnitudes(layout, x), k)
+            mask = largest(layout, magnitudes(layout, x), k)
         else:
             bound, over, state = _search(layout, x, k, tolerance, state)
-            hits = jnp.abs(x).reshape(-1, _ROW) >= bound[layout.row_layer][:, None]
+            hits = jnp.abs(x).reshape(-1, ROW) >= bound[layout.row_layer][:, None]
             mask = wire.pack_bits(hits).reshape(-1)
-            first = functools.partial(_first_of_each_layer, layout)
+            first = functools.partial(first_of_each_layer, layout)
             mask = lax.cond(over, first, lambda mask, k: mask, mask, k)
-        return *_keep(x, mask), state
+        return *keep(x, mask), state
 
     return Compressor(
         name="top_k",
         levels=densities,
-        row=_ROW,
+        row=ROW,
         contraction=(True,) * len(densities),
         linear=False,
-        words=lambda layout: _indexed_words(layout, _counts(layout, densities))[0],
+        words=lambda layout: indexed_words(layout, _counts(layout, densities))[0],
         errors=functools.partial(_tail_energy, densities=densities),
         # log2 of the threshold, and its slope; zeros where nothing is known yet.
         init=lambda layout: (
@@ -135,23 +135,23 @@ def random_k(
         return _counts(layout, densities) / layout.sizes[:, None]
 
     def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys, state):
-        scores = wire.random_words(keys.shared, layout.size).reshape(-1, _ROW) >> 1
+        scores = wire.random_words(keys.shared, layout.size).reshape(-1, ROW) >> 1
         scores = jnp.where(layout.valid(), scores | 1, 0)
         k = _picked(_counts(layout, densities), levels)
         if unbiased:
             scale = _picked(1 / kept(layout), levels)[layout.row_layer]
-            x = (x.reshape(-1, _ROW) * scale[:, None]).reshape(-1)
-        return *_keep(x, _largest(layout, scores, k)), state
+            x = (x.reshape(-1, ROW) * scale[:, None]).reshape(-1)
+        return *keep(x, largest(layout, scores, k)), state
 
     def errors(layout: Layout, x: jax.Array) -> jax.Array:
-        energy = layout.sum_rows(jnp.sum(x.reshape(-1, _ROW) ** 2, axis=1))
+        energy = layout.sum_rows(jnp.sum(x.reshape(-1, ROW) ** 2, axis=1))
         share = 1 / kept(layout) - 1 if unbiased else 1 - kept(layout)
         return energy[:, None] * jnp.asarray(share, jnp.float32)
 
     return Compressor(
         name="random_k",
         levels=densities,
-        row=_ROW,
+        row=ROW,
         contraction=tuple(not unbiased or d > 0.5 for d in densities),
         linear=True,
         words=lambda layout: _counts(layout, densities),
@@ -190,24 +190,24 @@ def threshold(value: float, density: float = 0.01) -> Compressor:
     def passing(layout: Layout, x: jax.Array) -> jax.Array:
         mask = wire.pack_bits(jnp.abs(x) >= value)
         room = jnp.asarray(_counts(layout, densities)[:, 0], jnp.int32)
-        return _first_of_each_layer(layout, mask, room)
+        return first_of_each_layer(layout, mask, room)
 
     def errors(layout: Layout, x: jax.Array) -> jax.Array:
         kept = wire.unpack_bits(passing(layout, x)).astype(bool)
-        rest = jnp.where(kept, 0, x).reshape(-1, _ROW)
+        rest = jnp.where(kept, 0, x).reshape(-1, ROW)
         return layout.sum_rows(jnp.sum(rest**2, axis=1))[:, None]
 
     def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys, state):
         del levels, keys
-        return *_keep(x, passing(layout, x)), state
+        return *keep(x, passing(layout, x)), state
 
     return Compressor(
         name="threshold",
         levels=densities,
-        row=_ROW,
+        row=ROW,
         contraction=(True,),
         linear=False,
-        words=lambda layout: _indexed_words(layout, _counts(layout, densities))[0],
+        words=lambda layout: indexed_words(layout, _counts(layout, densities))[0],
         errors=errors,
         init=lambda layout: (),
         encode=encode,
@@ -228,13 +228,13 @@ def _picked(table: np.ndarray, levels: jax.Array) -> jax.Array:
     return jnp.where(levels < 0, 0, base.pick(table, jnp.maximum(levels, 0)))
 
 
-def _magnitudes(layout: Layout, x: jax.Array) -> jax.Array:
+def magnitudes(layout: Layout, x: jax.Array) -> jax.Array:
     """Ranks magnitudes by positive integers, uint32[R, row]; padding is 0."""
-    bits = wire.to_words(jnp.abs(x)).reshape(-1, _ROW)  # ordered as the floats are
+    bits = wire.to_words(jnp.abs(x)).reshape(-1, ROW)  # ordered as the floats are
     return jnp.where(layout.valid(), bits + 1, 0)
 
 
-def _largest(layout: Layout, scores: jax.Array, k: jax.Array) -> jax.Array:
+def largest(layout: Layout, scores: jax.Array, k: jax.Array) -> jax.Array:
     """Packed mask of exactly the k[l] largest positive scores of each layer.
 
     Args:
@@ -258,7 +258,7 @@ def _largest(layout: Layout, scores: jax.Array, k: jax.Array) -> jax.Array:
     above = wire.pack_bits((scores > bound[layout.row_layer][:, None]).reshape(-1))
     equal = wire.pack_bits((scores == bound[layout.row_layer][:, None]).reshape(-1))
     room = k - count(bound + 1)
-    return above | _first_of_each_layer(layout, equal, room)
+    return above | first_of_each_layer(layout, equal, room)
 
 
 def _count(layout: Layout, hits: jax.Array) -> jax.Array:
@@ -268,7 +268,7 @@ def _count(layout: Layout, hits: jax.Array) -> jax.Array:
     vectorise on CPUs. Which bit of a row stands where does not matter here, and so
     rows are packed across, which does.
     """
-    lanes = hits.reshape(-1, wire.WORD, _ROW // wire.WORD).astype(jnp.int32)
+    lanes = hits.reshape(-1, wire.WORD, ROW // wire.WORD).astype(jnp.int32)
     bits = jnp.sum(lanes << np.arange(32, dtype=np.int32)[:, None], axis=1)
     counts = jnp.sum(lax.population_count(bits), axis=1, dtype=jnp.int32)
     ends = jnp.cumsum(counts)[layout.first_row + layout.rows - 1]
@@ -285,7 +285,7 @@ def _search(layout: Layout, x: jax.Array, k: jax.Array, tolerance: float, state)
     Returns:
       float32[L]; whether some layer has more than k[l]; the next step's state.
     """
-    magnitude = jnp.abs(x).reshape(-1, _ROW)
+    magnitude = jnp.abs(x).reshape(-1, ROW)
     k = k.astype(jnp.float32)
     aim = jnp.maximum(k * (1 - tolerance / 2), 0.5)
     slack = tolerance / 2 * jnp.sum(k)
@@ -330,7 +330,7 @@ def _search(layout: Layout, x: jax.Array, k: jax.Array, tolerance: float, state)
     return bound, jnp.any((count > k) | failed), jnp.stack([at, slope])
 
 
-def _first_of_each_layer(layout: Layout, mask: jax.Array, room: jax.Array) -> jax.Array:
+def first_of_each_layer(layout: Layout, mask: jax.Array, room: jax.Array) -> jax.Array:
     """Keeps the first room[l] set bits of each layer of a packed mask."""
     word_layer, before = _word_counts(layout, mask)
     return wire.keep_lowest(mask, jnp.maximum(room[word_layer] - before, 0))
@@ -338,14 +338,15 @@ def _first_of_each_layer(layout: Layout, mask: jax.Array, room: jax.Array) -> ja
 
 def _word_counts(layout: Layout, mask: jax.Array):
     """Of each word of a packed mask: its layer, and the bits set before it there."""
-    per_row = _ROW // wire.WORD
+    per_row = ROW // wire.WORD
     word_layer = np.repeat(layout.row_layer, per_row)
     counts = lax.population_count(mask).astype(jnp.int32)
     before = wire.running_sum(counts) - counts
     return word_layer, before - before[layout.first_row * per_row][word_layer]
 
 
-def _keep(x: jax.Array, mask: jax.Array) -> tuple[Selected, jax.Array]:
+def keep(x: jax.Array, mask: jax.Array) -> tuple[Selected, jax.Array]:
+    """The units of a packed mask, and x_hat: x where it is set, zero elsewhere."""
     kept = wire.unpack_bits(mask).astype(bool)
     return Selected(x, mask), jnp.where(kept, x, 0)
 
@@ -361,11 +362,19 @@ def _blocks(layout: Layout) -> np.ndarray:
     return np.where(blocks > 1, blocks, 0)
 
 
-def _indexed_words(layout: Layout, k: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Words of a layer with k[L, V] entries, and the code of their places, [L, V]."""
-    bitmap = np.broadcast_to(-(-layout.sizes[:, None] // wire.WORD), k.shape)
-    codes = np.stack([(k + 1) // 2 + _blocks(layout)[:, None], bitmap, k])
-    return k + codes.min(0), codes.argmin(0)
+def indexed_words(layout: Layout, k: Any) -> tuple[Any, Any]:
+    """Words of a layer with k entries, and the code of their places; NumPy if k is.
+
+    Args:
+      layout: L layers.
+      k: int[L] or int[L, V], entries; nothing is sent of a layer with none.
+    """
+    np_or_jnp = np if isinstance(k, np.ndarray) else jnp
+    of_layer = lambda x: x.reshape(-1, *[1] * (k.ndim - 1)).astype(np.int32)
+    bitmap = np.broadcast_to(of_layer(-(-layout.sizes // wire.WORD)), k.shape)
+    in_blocks = (k + 1) // 2 + of_layer(_blocks(layout))
+    codes = np_or_jnp.stack([in_blocks, bitmap, k])
+    return np_or_jnp.where(k > 0, k + codes.min(0), 0), codes.argmin(0)
 
 
 class _Plan(NamedTuple):
@@ -379,13 +388,11 @@ class _Plan(NamedTuple):
     code: jax.Array  # int32[L]
 
 
-def _plan(layout: Layout, densities: tuple[float, ...], levels: jax.Array) -> _Plan:
-    counts = _counts(layout, densities)
-    words, code = _indexed_words(layout, counts)
-    pick = lambda table: _picked(table.astype(np.int32), levels)
-    k, words = pick(counts), pick(words - counts)
+def _plan(layout: Layout, k: jax.Array) -> _Plan:
+    words, code = indexed_words(layout, k)
+    words -= k
     ends, used = jnp.cumsum(k), jnp.sum(k)
-    return _Plan(k, ends - k, used, used + jnp.cumsum(words) - words, words, pick(code))
+    return _Plan(k, ends - k, used, used + jnp.cumsum(words) - words, words, code)
 
 
 def _first_slots(layout: Layout, mask: jax.Array, plan: _Plan) -> jax.Array:
@@ -394,15 +401,16 @@ def _first_slots(layout: Layout, mask: jax.Array, plan: _Plan) -> jax.Array:
     return plan.first[word_layer] + before
 
 
-def _pack_indexed(densities, layout, units: Selected, levels, capacity: int):
-    plan = _plan(layout, densities, levels)
+def pack_indexed(layout: Layout, units: Selected, k: jax.Array, capacity: int):
+    """The message of at most k[l] entries of each layer, uint32[capacity]."""
+    plan = _plan(layout, k)
     starts = wire.stored(_first_slots(layout, units.mask, plan))
     place, used = wire.positions(units.mask, starts, capacity)
     place = wire.stored(jnp.where(used, place, -1))
     used = place >= 0
     values = jnp.where(used, units.x.at[place].get(mode="clip"), 0)
-    origin = jnp.asarray(layout.first_row * _ROW, jnp.int32)
-    layer_of_word = jnp.asarray(np.repeat(layout.row_layer, _ROW // wire.WORD))
+    origin = jnp.asarray(layout.first_row * ROW, jnp.int32)
+    layer_of_word = jnp.asarray(np.repeat(layout.row_layer, ROW // wire.WORD))
     layer = layer_of_word[jnp.minimum(place // wire.WORD, layer_of_word.size - 1)]
     local = jnp.where(used, place - origin[layer], 0).astype(jnp.uint32)
     local, values = wire.stored((local, values))
@@ -412,7 +420,7 @@ def _pack_indexed(densities, layout, units: Selected, levels, capacity: int):
     layer = wire.stored(wire.owner(plan.places, capacity))
     offset = slot - plan.places[layer]
     first = plan.first[layer]
-    word = jnp.asarray(layout.first_row * (_ROW // wire.WORD), jnp.int32)[layer]
+    word = jnp.asarray(layout.first_row * (ROW // wire.WORD), jnp.int32)[layer]
     begun = starts.at[word + offset * (_BLOCK // wire.WORD)].get(mode="clip") - first
     blocks = jnp.asarray(_blocks(layout), jnp.int32)[layer]
     pair = first + 2 * (offset - blocks)
@@ -428,17 +436,25 @@ def _pack_indexed(densities, layout, units: Selected, levels, capacity: int):
     places = jnp.where(code == _BLOCKS, in_blocks, plain)
     places = jnp.where(code == _BITMAP, bitmap, places)
     places = jnp.where(offset < plan.words[layer], places, 0)
-    return jnp.where(slot < plan.used, wire.to_words(values), places), ()
+    return jnp.where(slot < plan.used, wire.to_words(values), places)
 
 
-def _decode_indexed(densities, layout, messages, levels, shared) -> jax.Array:
-    del shared
-    plan = _plan(layout, densities, levels)
-    capacity = messages.shape[1]
+def adder(layout: Layout, k: jax.Array, capacity: int, bitmaps: bool) -> Callable:
+    """Makes (message uint32[capacity], total float32[size], weight) -> total.
+
+    It adds what a message of k[l] entries of each layer says, times the weight.
+
+    Args:
+      layout: L layers.
+      k: int32[L], as the message was packed with.
+      capacity: Static length of the message.
+      bitmaps: Whether some layer's places may be a bitmap, which takes time to read.
+    """
+    plan = _plan(layout, k)
     slot = jnp.arange(capacity, dtype=jnp.int32)
     layer = wire.owner(plan.first, capacity)
     offset = slot - plan.first[layer]
-    origin = jnp.asarray(layout.first_row * _ROW, jnp.int32)
+    origin = jnp.asarray(layout.first_row * ROW, jnp.int32)
     code, places = plan.code[layer], plan.places[layer]
 
     # Blocks of 65,536 elements; a layer without counts of them is one block.
@@ -451,10 +467,8 @@ def _decode_indexed(densities, layout, messages, levels, shared) -> jax.Array:
     half_word = places + jnp.asarray(count, jnp.int32)[layer] + offset // 2
     half_shift = (16 * (offset % 2)).astype(jnp.uint32)
 
-    codes = _indexed_words(layout, _counts(layout, densities))[1]
-    may_be_bitmap = (codes == _BITMAP).any()
-    word_layer = np.repeat(layout.row_layer, _ROW // wire.WORD)
-    within = np.arange(word_layer.size) - (layout.first_row * (_ROW // 32))[word_layer]
+    word_layer = np.repeat(layout.row_layer, ROW // wire.WORD)
+    within = np.arange(word_layer.size) - (layout.first_row * (ROW // 32))[word_layer]
 
     def from_bitmaps(message: jax.Array) -> jax.Array:
         here = (plan.code == _BITMAP) & (plan.k > 0)
@@ -462,7 +476,7 @@ def _decode_indexed(densities, layout, messages, levels, shared) -> jax.Array:
         mask = jnp.where(here[word_layer], mask, 0)
         return wire.positions(mask, _first_slots(layout, mask, plan), capacity)[0]
 
-    def add(message: jax.Array, total: jax.Array) -> jax.Array:
+    def add(message: jax.Array, total: jax.Array, weight: Any) -> jax.Array:
         begun = message.at[plan.places[block_layer] + block].get(mode="clip")
         begun = jnp.where(counted, begun.astype(jnp.int32), 0)
         # Blocks past the first of a layer that is not counted hold nothing.
@@ -473,19 +487,34 @@ def _decode_indexed(densities, layout, messages, levels, shared) -> jax.Array:
         plain = message.at[places + offset].get(mode="clip").astype(jnp.int32)
         place = jnp.where(code == _BLOCKS, base + half.astype(jnp.int32), plain)
         place += origin[layer]
-        if may_be_bitmap:
+        if bitmaps:
             there = jnp.any((plan.code == _BITMAP) & (plan.k > 0))
             other = lax.cond(there, from_bitmaps, lambda m: place, message)
             place = jnp.where(code == _BITMAP, other, place)
         place = jnp.where(slot < plan.used, place, layout.size)
         # Entries of one message have places of their own, so that sums have one order
         # on every device; room that is not used adds zeros.
-        return total.at[place].add(wire.to_floats(message), mode="drop")
+        values = weight * wire.to_floats(message)
+        return total.at[place].add(values, mode="drop")
 
+    return add
+
+
+def _pack_indexed(densities, layout, units: Selected, levels, capacity: int):
+    k = _picked(_counts(layout, densities), levels)
+    return pack_indexed(layout, units, k, capacity), ()
+
+
+def _decode_indexed(densities, layout, messages, levels, shared) -> jax.Array:
+    del shared
+    counts = _counts(layout, densities)
+    bitmaps = bool((indexed_words(layout, counts)[1] == _BITMAP).any())
+    k = _picked(counts, levels)
+    add = adder(layout, k, messages.shape[1], bitmaps)
     # Made from the messages so that it varies over a mesh's axes as they do.
     nothing = (messages[0, 0] & 0).astype(jnp.float32)
     zero = jnp.zeros((layout.size,), jnp.float32) + nothing
-    step = lambda i, total: add(messages[i], total)
+    step = lambda i, total: add(messages[i], total, 1.0)
     return lax.fori_loop(0, len(messages), step, zero) / len(messages)
 
 
@@ -516,7 +545,7 @@ def _tail_energy(
     threshold lies is interpolated: the result is within 1e-3 of the exact one.
     """
     bins = _BINS_PER_OCTAVE * _OCTAVES
-    magnitude = jnp.abs(x).reshape(-1, _ROW)
+    magnitude = jnp.abs(x).reshape(-1, ROW)
     largest = layout.max_rows(jnp.max(magnitude, axis=1))
     scale = jnp.where(largest > 0, largest, 1)[layout.row_layer][:, None]
     magnitude = magnitude / scale

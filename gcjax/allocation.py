@@ -1,0 +1,367 @@
+"""Allocations: how much each worker may send to a parameter server, round by round.
+
+A relative allocation grants numbers of entries, and each worker sends its largest ones;
+an absolute one gives thresholds, and what reaches them is sent, whatever its number.
+Which ratios or thresholds are wise is for `gcjax.selectors.workers` to say.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gcjax import wire
+from gcjax.base import Layout
+from gcjax.compressors import sparsify
+from gcjax.selectors.workers import largest_remainder
+
+_SPACING = 1.25  # between neighbouring lengths of an upload that changes
+
+
+class Allocation(NamedTuple):
+    """How much each of n workers sends: a rule, its state, and what feeds it.
+
+    Entries are counted over all layers together, [n, 1], or layer by layer, [n, L].
+    """
+
+    name: str
+    num_workers: int
+    relative: bool  # numbers of entries are granted, and not thresholds
+    per_layer: bool  # each layer's entries are chosen among its own
+    lengths: Callable  # layout -> of each worker, the words that an upload may have
+    room: Callable  # layout -> int[1 or L], entries sent at most
+    init: Callable  # layout -> state, the same on all workers
+    # (layout, state) -> int32[n, 1 or L] entries, or float32[n] thresholds.
+    decide: Callable
+    # (layout, gradient) -> float32[M] that each worker tells all others; None: nothing.
+    report: Callable | None
+    every: int  # rounds between reports
+    # (layout, state, counts int32[n, 1 or L] of entries sent, reports float32[n, M],
+    # zeros between them, due, mean) -> state.
+    update: Callable
+
+
+def ratios(values: Sequence[float], *, per_layer: bool = False) -> Allocation:
+    """Each worker sends the same share of its entries every round, the largest.
+
+    Args:
+      values: Kept fraction of each worker, in [0, 1]; `gcjax.selectors.workers` has
+        rules for them. Numbers of entries add up to the sum of the ratios.
+      per_layer: Each layer keeps this share of its own entries, at least one where the
+        ratio is positive, as the code of DAGC does; else they are the largest of all.
+
+    Raises:
+      ValueError: for a ratio outside [0, 1].
+    References: Lu et al., 2023, arXiv:2311.07324 (its text does not say per what the
+      largest are taken).
+    """
+    values = _checked("ratios", values, 0.0, 1.0)
+
+    def counts(layout: Layout) -> np.ndarray:
+        if not per_layer:
+            with jax.ensure_compile_time_eval():
+                granted = largest_remainder(values, _entries(layout))
+            return np.asarray(granted)[:, None]
+        exact = np.floor(values[:, None] * layout.sizes * (1 + 1e-6))
+        return np.where(values[:, None] > 0, np.maximum(1, exact), 0).astype(np.int32)
+
+    def lengths(layout: Layout) -> list[list[int]]:
+        each = counts(layout)
+        return [[_length(view(per_layer, layout), k)] for k in each]
+
+    return Allocation(
+        name="ratios",
+        num_workers=len(values),
+        relative=True,
+        per_layer=per_layer,
+        lengths=lengths,
+        room=lambda layout: counts(layout).max(0),
+        init=lambda layout: (),
+        decide=lambda layout, state: jnp.asarray(counts(layout), jnp.int32),
+        report=None,
+        every=1,
+        update=_unchanged,
+    )
+
+
+def resolved(
+    rule: Callable[[jax.Array], jax.Array],
+    num_workers: int,
+    *,
+    every: int = 50,
+    decay: float = 0.9,
+) -> Allocation:
+    """Ratios from the workers' gradient norms, solved again every few rounds.
+
+    Every worker tells the others one number a round, its squared gradient norm. The
+    square root of its running mean stands for zeta, the bound on a worker's gradient
+    in `gcjax.selectors.workers`: it holds the common gradient and the noise too.
+
+    Args:
+      rule: zeta float32[n] -> ratios [n] in [0, 1], to be traced, such as
+        `lambda zeta: dagc_r(p, 0.001, criterion="psi", zeta=zeta)`.
+      num_workers: n.
+      every: Rounds between solutions; until the first one zeta is 1 everywhere.
+      decay: Of the running mean, per round, in [0, 1).
+
+    Raises:
+      ValueError: for `every` < 1 or a decay outside [0, 1).
+    """
+    if every < 1 or not 0 <= decay < 1:
+        raise ValueError(
+            f"resolved: every must be >= 1 and decay in [0, 1), got {every}, {decay}"
+        )
+
+    def solve(layout: Layout, zeta: jax.Array) -> jax.Array:
+        return largest_remainder(rule(zeta), _entries(layout)).astype(jnp.int32)
+
+    def init(layout: Layout):
+        zeta = jnp.ones((num_workers,), jnp.float32)
+        return jnp.int32(0), zeta * 0, solve(layout, zeta)
+
+    def update(layout, state, counts, reports, due, mean):
+        del counts, due, mean
+        round_, energy, granted = state
+        energy = decay * energy + (1 - decay) * reports[:, 0]
+        unbiased = energy / (1 - decay ** (round_ + 1).astype(jnp.float32))
+        again = (round_ + 1) % every == 0
+        solved = jax.lax.cond(
+            again,
+            lambda e: solve(layout, jnp.sqrt(e)),
+            lambda e: granted,
+            jnp.maximum(unbiased, 1e-30),
+        )
+        return round_ + 1, energy, solved
+
+    return Allocation(
+        name="resolved",
+        num_workers=num_workers,
+        relative=True,
+        per_layer=False,
+        lengths=lambda layout: [_ladder(layout, 1.0)] * num_workers,
+        room=lambda layout: np.array([_entries(layout)]),
+        init=init,
+        decide=lambda layout, state: state[2][:, None],
+        report=lambda layout, gradient: jnp.sum(gradient**2)[None],
+        every=1,
+        update=update,
+    )
+
+
+def thresholds(values: Sequence[float], *, max_ratio: float = 1.0) -> Allocation:
+    """Each worker sends its entries of at least a given magnitude.
+
+    All first tell each other how many these are.
+
+    Args:
+      values: Least magnitude sent of each worker, positive, in units of the gradient;
+        infinity never sends. The same for all is the hard threshold.
+      max_ratio: Share of all entries that are sent at most, in (0, 1]; the last ones
+        beyond it wait in the error. It bounds the buffers.
+
+    Raises:
+      ValueError: for a threshold that is not positive, or `max_ratio` out of range.
+    References: Lu et al., 2023, arXiv:2311.07324, section 5 (DAGC-A); Sahu et al.,
+      2021, arXiv:2108.00951 (the hard threshold).
+    """
+    values = _checked("thresholds", values, 0.0, np.inf, low_open=True)
+    return _absolute(
+        "thresholds",
+        len(values),
+        max_ratio,
+        init=lambda layout: (),
+        decide=lambda layout, state: jnp.asarray(values, jnp.float32),
+        update=_unchanged,
+    )
+
+
+def steered(
+    weights: Sequence[float],
+    ratio: float,
+    *,
+    exponent: float = -1.0,
+    start: float = 1.0,
+    gain: float = 0.5,
+    max_ratio: float = 1.0,
+) -> Allocation:
+    """Thresholds tau p^exponent, with tau steered towards a mean ratio.
+
+    With exponent -1 the entries sent are the K largest p_i |a_ij| over all workers and
+    layers, which least changes the weighted sum of what enters the compressors; with 0
+    it is a hard threshold, with -2/3 DAGC-A, at a traffic of one's choice. The
+    logarithm of tau moves by `gain` times that of the excess of the entries sent, at
+    most by 2 * gain a round.
+
+    Args:
+      weights: p, one per worker, not negative; 0 never sends.
+      ratio: Entries sent, of all entries of the workers with p > 0, in (0, 1].
+      exponent: Of p; p is taken in units of its mean.
+      start: First tau, positive, in units of the gradient.
+      gain: In (0, 1].
+      max_ratio: See `thresholds`.
+
+    Raises:
+      ValueError: for arguments out of range.
+    References: none; the sparsifier that is optimal at every single round.
+    """
+    p = _checked("steered: weights", weights, 0.0, np.inf)
+    if not (0 < ratio <= 1 and start > 0 and 0 < gain <= 1):
+        raise ValueError(
+            "steered: ratio and gain must be in (0, 1] and start positive, got "
+            f"{ratio}, {gain}, {start}"
+        )
+    if not p.sum() > 0:
+        raise ValueError("steered: all weights are zero; nobody would ever send")
+    used = p > 0
+    scale = np.where(used, (p / p[used].mean()).clip(1e-30) ** exponent, np.inf)
+
+    def update(layout, state, counts, reports, due, mean):
+        del reports, due, mean
+        target = max(1.0, ratio * int(used.sum()) * _entries(layout))
+        sent = jnp.maximum(jnp.sum(counts).astype(jnp.float32), 0.5)
+        excess = jnp.clip(jnp.log(sent / target), -2, 2)
+        return state + gain * excess
+
+    return _absolute(
+        "steered",
+        len(p),
+        max_ratio,
+        init=lambda layout: jnp.float32(np.log(start)),
+        decide=lambda layout, state: jnp.exp(state) * jnp.asarray(scale, jnp.float32),
+        update=update,
+    )
+
+
+def accordion(
+    low: Sequence[float], high: Sequence[float], *, change: float = 0.5, every: int = 1
+) -> Allocation:
+    """Switches all workers between two ratios as the mean's norm changes.
+
+    Where the norm of the mean, summed over `every` rounds, differs from the one before
+    by less than `change` of it, the low ratios hold, else the high ones, and in the
+    first rounds.
+
+    Args:
+      low: Ratio of each worker where the norm hardly changes, in [0, 1].
+      high: Ratio of each worker elsewhere.
+      change: Relative change of the norm, positive.
+      every: Rounds between decisions.
+
+    Raises:
+      ValueError: for arguments out of range.
+    References: Agarwal et al., 2021, Accordion, arXiv:2010.16248, Algorithm 1, there
+      per layer; here as the code of DAGC (arXiv:2311.07324) has it, for all at once.
+    """
+    both = [_checked("accordion", v, 0.0, 1.0) for v in (low, high)]
+    if len(both[0]) != len(both[1]) or not change > 0 or every < 1:
+        raise ValueError(
+            "accordion: low and high must be as long, change positive and every >= 1"
+        )
+    fixed = [ratios(v) for v in both]
+
+    def update(layout, state, counts, reports, due, mean):
+        del counts, reports, due
+        round_, sum_, last, is_high = state
+        sum_ = sum_ + mean
+        again = (round_ + 1) % every == 0
+        norm = jnp.linalg.norm(sum_)
+        moved = jnp.abs(norm - last) >= change * last
+        return (
+            round_ + 1,
+            jnp.where(again, 0, sum_),
+            jnp.where(again, norm, last),
+            jnp.where(again, moved, is_high),
+        )
+
+    def decide(layout: Layout, state):
+        few, many = (a.decide(layout, ()) for a in fixed)
+        return jnp.where(state[3], many, few)
+
+    def lengths(layout: Layout) -> list[list[int]]:
+        pairs = zip(*(a.lengths(layout) for a in fixed), strict=True)
+        return [sorted({*few, *many}) for few, many in pairs]
+
+    return Allocation(
+        name="accordion",
+        num_workers=len(both[0]),
+        relative=True,
+        per_layer=False,
+        lengths=lengths,
+        room=lambda layout: np.maximum(*(a.room(layout) for a in fixed)),
+        init=lambda layout: (
+            jnp.int32(0),
+            jnp.zeros((layout.size,), jnp.float32),
+            jnp.float32(0),
+            jnp.bool(True),
+        ),
+        decide=decide,
+        report=None,
+        every=1,
+        update=update,
+    )
+
+
+def view(per_layer: bool, layout: Layout) -> Layout:
+    """The layout in which entries are chosen: as it is, or as one layer."""
+    whole = Layout(("all",), ((layout.size,),), layout.row)
+    return layout if per_layer else whole
+
+
+def _absolute(name, num_workers, max_ratio, *, init, decide, update) -> Allocation:
+    """An allocation by thresholds."""
+    if not 0 < max_ratio <= 1:
+        raise ValueError(f"{name}: max_ratio must be in (0, 1], got {max_ratio}")
+    room = lambda layout: max(1, int(max_ratio * _entries(layout)))
+    return Allocation(
+        name=name,
+        num_workers=num_workers,
+        relative=False,
+        per_layer=False,
+        lengths=lambda layout: [_ladder(layout, max_ratio)] * num_workers,
+        room=lambda layout: np.array([room(layout)]),
+        init=init,
+        decide=decide,
+        report=None,
+        every=1,
+        update=update,
+    )
+
+
+def _unchanged(layout, state, counts, reports, due, mean):
+    del layout, counts, reports, due, mean
+    return state
+
+
+def _entries(layout: Layout) -> int:
+    """Entries of all layers, without padding."""
+    return int(layout.sizes.sum())
+
+
+def _length(layout: Layout, k: np.ndarray) -> int:
+    """Words of a message of k[l] entries of each layer."""
+    return int(sparsify.indexed_words(layout, np.asarray(k, np.int64))[0].sum())
+
+
+def _ladder(layout: Layout, max_ratio: float) -> list[int]:
+    """Lengths from nothing to the share of all entries that are sent at most."""
+    whole = view(False, layout)
+    most = max(1, int(max_ratio * _entries(layout)))
+    low, high = (_length(whole, np.array([k])) for k in (1, most))
+    return [0, *wire.capacity_ladder(low, high, np.array([]), _SPACING)]
+
+
+def _checked(
+    name: str, values: Any, low: float, high: float, low_open: bool = False
+) -> np.ndarray:
+    """Numbers, one per worker, within bounds."""
+    values = np.asarray(values, np.float64)
+    inside = (values > low if low_open else values >= low) & (values <= high)
+    if values.ndim != 1 or not values.size or not inside.all():
+        bound = "(" if low_open else "["
+        raise ValueError(
+            f"{name} must be one number per worker in {bound}{low:g}, {high:g}], got "
+            f"{np.array2string(values, threshold=8, precision=4)}"
+        )
+    return values
