@@ -1,1 +1,1 @@
-"""Selectors: which compression level every layer gets."""
+"""Selectors: which compression level every layer, or every worker, gets."""
