@@ -1,18 +1,29 @@
 """gcjax: adaptive gradient compression for data-parallel training in JAX."""
 
 from gcjax.aggregate import adapt, aggregator, matrices_above
+from gcjax.allocation import (
+    Allocation,
+    accordion,
+    pairs,
+    ratios,
+    resolved,
+    steered,
+    thresholds,
+)
 from gcjax.base import Aggregator, Compressor, Exchange, Layout, Selector
 from gcjax.compressors.quantize import cast, identity, natural, qsgd, sign, terngrad
 from gcjax.compressors.sparsify import random_k, threshold, top_k
 from gcjax.exchange import compressed_mean, power_sgd
 from gcjax.hlo import wire_report
 from gcjax.selectors.layers import lgreco, uniform
+from gcjax.server import parameter_server
 from gcjax.workers import as_local, over_workers, state_specs
 
 __all__ = [
     # aggregators and what makes them adaptive
     "compressed_mean",
     "power_sgd",
+    "parameter_server",
     "aggregator",
     "adapt",
     "matrices_above",
@@ -29,6 +40,13 @@ __all__ = [
     # selectors
     "uniform",
     "lgreco",
+    # how much each worker sends to a parameter server
+    "ratios",
+    "resolved",
+    "thresholds",
+    "steered",
+    "accordion",
+    "pairs",
     # mappings over workers
     "over_workers",
     "state_specs",
@@ -37,6 +55,7 @@ __all__ = [
     "wire_report",
     # types
     "Aggregator",
+    "Allocation",
     "Compressor",
     "Exchange",
     "Layout",

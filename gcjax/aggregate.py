@@ -328,8 +328,7 @@ def update(
     levels, selector_state, selected = state.levels, state.selector, jnp.bool(False)
     words = no_words()
     if options.adaptive and layout.num_layers:
-        levels, selector_state, more, selected = reselect(options, layout, state)
-        words += more
+        levels, selector_state, words, selected = reselect(options, layout, state)
 
     # 4. The mean over workers, and this worker's part in it.
     mean, small, sent, new_states, more = exchanged(

@@ -5,6 +5,8 @@ an absolute one gives thresholds, and what reaches them is sent, whatever its nu
 Which ratios or thresholds are wise is for `gcjax.selectors.workers` to say.
 """
 
+import functools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gcjax import wire
-from gcjax.base import Layout
+from gcjax.base import Layout, Problem, Selector, ladder, level_index, pick
 from gcjax.compressors import sparsify
 from gcjax.selectors.workers import largest_remainder
 
@@ -182,24 +184,25 @@ def steered(
     ratio: float,
     *,
     exponent: float = -1.0,
-    start: float = 1.0,
-    gain: float = 0.5,
+    gain: float = 0.1,
     max_ratio: float = 1.0,
 ) -> Allocation:
     """Thresholds tau p^exponent, with tau steered towards a mean ratio.
 
     With exponent -1 the entries sent are the K largest p_i |a_ij| over all workers and
     layers, which least changes the weighted sum of what enters the compressors; with 0
-    it is a hard threshold, with -2/3 DAGC-A, at a traffic of one's choice. The
-    logarithm of tau moves by `gain` times that of the excess of the entries sent, at
-    most by 2 * gain a round.
+    it is a hard threshold, with -2/3 DAGC-A, at a traffic of one's choice.
+
+    Nothing is sent in the first round, in which all tell each other the mean square of
+    their gradients; tau starts where normal ones would have the wanted traffic. From
+    then on log tau moves by `gain` times the relative excess of the entries sent, so
+    that the mean traffic of many rounds is the wanted one.
 
     Args:
       weights: p, one per worker, not negative; 0 never sends.
-      ratio: Entries sent, of all entries of the workers with p > 0, in (0, 1].
+      ratio: Entries sent, of all entries of the workers with p > 0, in (0, 1).
       exponent: Of p; p is taken in units of its mean.
-      start: First tau, positive, in units of the gradient.
-      gain: In (0, 1].
+      gain: In (0, 1]. Above about 0.1 tau swings: what was held back comes at once.
       max_ratio: See `thresholds`.
 
     Raises:
@@ -207,31 +210,34 @@ def steered(
     References: none; the sparsifier that is optimal at every single round.
     """
     p = _checked("steered: weights", weights, 0.0, np.inf)
-    if not (0 < ratio <= 1 and start > 0 and 0 < gain <= 1):
+    if not (0 < ratio < 1 and 0 < gain <= 1):
         raise ValueError(
-            "steered: ratio and gain must be in (0, 1] and start positive, got "
-            f"{ratio}, {gain}, {start}"
+            f"steered: ratio must be in (0, 1) and gain in (0, 1], got {ratio}, {gain}"
         )
     if not p.sum() > 0:
-        raise ValueError("steered: all weights are zero; nobody would ever send")
+        raise ValueError("steered: weights must not all be zero, or nobody sends")
     used = p > 0
     scale = np.where(used, (p / p[used].mean()).clip(1e-30) ** exponent, np.inf)
+    quantile = statistics.NormalDist().inv_cdf(1 - ratio / 2)
 
     def update(layout, state, counts, reports, due, mean):
-        del reports, due, mean
-        target = max(1.0, ratio * int(used.sum()) * _entries(layout))
-        sent = jnp.maximum(jnp.sum(counts).astype(jnp.float32), 0.5)
-        excess = jnp.clip(jnp.log(sent / target), -2, 2)
-        return state + gain * excess
+        del mean
+        target = ratio * int(used.sum()) * _entries(layout)
+        excess = jnp.sum(counts).astype(jnp.float32) / target - 1
+        spread = jnp.sqrt(reports[:, 0])[used] / jnp.asarray(scale[used], jnp.float32)
+        first = jnp.log(quantile * jnp.maximum(jnp.mean(spread), 1e-30))
+        return jnp.where(due, first, state + gain * jnp.minimum(excess, 10))
 
-    return _absolute(
+    made = _absolute(
         "steered",
         len(p),
         max_ratio,
-        init=lambda layout: jnp.float32(np.log(start)),
+        init=lambda layout: jnp.float32(jnp.inf),
         decide=lambda layout, state: jnp.exp(state) * jnp.asarray(scale, jnp.float32),
         update=update,
     )
+    mean_square = lambda layout, x: (jnp.sum(x**2) / _entries(layout))[None]
+    return made._replace(report=mean_square, every=2**30)  # once
 
 
 def accordion(
@@ -299,6 +305,105 @@ def accordion(
         decide=decide,
         report=None,
         every=1,
+        update=update,
+    )
+
+
+def pairs(
+    selector: Selector,
+    weights: Sequence[float],
+    densities: Sequence[float] = sparsify.DENSITIES,
+    *,
+    every: int = 100,
+) -> Allocation:
+    """One choice over all layers of all workers, by a selector of layers' levels.
+
+    Every so often each worker tells all others its table of squared errors [L, V], of
+    its last gradient; times p^2, as errors of the weighted mean, all n L rows make one
+    problem of the selector. What the tables cost to send is counted.
+
+    Args:
+      selector: Such as `gcjax.lgreco(default=0.01)`. Its default holds at first.
+      weights: p, one per worker, not negative; divided by their sum.
+      densities: Ladder of densities, as of `gcjax.top_k`.
+      every: Rounds between choices; the first one follows the first round.
+
+    Raises:
+      ValueError: for weights or densities out of range, `every` < 1, a default that is
+        not on the ladder, or a selector that would send layers uncompressed.
+    References: Markov et al., 2024, L-GreCo, arXiv:2210.17357, whose layers are all of
+      one gradient. With one worker this is its solution; with one layer and errors
+      proportional to (p zeta / density)^2 it is that of criterion "psi" of `dagc_r`.
+    """
+    p = _checked("pairs: weights", weights, 0.0, np.inf)
+    if not p.sum() > 0 or every < 1 or selector.dense:
+        raise ValueError(
+            "pairs: weights must not all be zero, every must be >= 1, and the selector "
+            "must compress every layer"
+        )
+    p = p / p.sum()
+    densities = ladder(densities, "density", 0.0, 1.0)
+    first = level_index(densities, selector.default)
+    wanted = selector.levels or densities
+    kept = [level_index(densities, v) for v in wanted]
+
+    def table(layout: Layout) -> np.ndarray:
+        """Words of every layer at every density, int64[L, V]."""
+        return sparsify.indexed_words(layout, sparsify.counts(layout, densities))[0]
+
+    def init(layout: Layout):
+        rows = len(p) * layout.num_layers
+        return jnp.full((rows,), first, jnp.int32), selector.init(rows)
+
+    def decide(layout: Layout, state) -> jax.Array:
+        levels = state[0].reshape(len(p), -1)
+        table = jnp.asarray(sparsify.counts(layout, densities), jnp.int32)
+        return jax.vmap(lambda v: pick(table, v))(levels)
+
+    def report(layout: Layout, gradient: jax.Array) -> jax.Array:
+        return sparsify.tail_energy(layout, gradient, densities).reshape(-1)
+
+    def choose(layout: Layout, state, reports):
+        levels, inner = state
+        rows, count = levels.size, len(densities)
+        errors = reports.reshape(len(p), -1) * jnp.asarray(p**2, jnp.float32)[:, None]
+        words = np.tile(table(layout), (len(p), 1))
+        problem = Problem(
+            errors.reshape(rows, count)[:, kept],
+            words[:, kept],
+            jnp.full((rows,), kept.index(first), jnp.int32),
+            [],
+            ("uploads",) * len(kept),
+            np.tile(layout.sizes, len(p)),
+        )
+        chosen, inner = selector.update(problem, inner)
+        usable = jnp.all(chosen >= 0)  # else a table was not finite
+        new = jnp.asarray(kept, jnp.int32)[jnp.maximum(chosen, 0)]
+        return jnp.where(usable, new, levels), inner
+
+    def update(layout, state, counts, reports, due, mean):
+        del counts, mean
+        keep = lambda state, reports: state
+        change = functools.partial(choose, layout)
+        return jax.lax.cond(due, change, keep, state, reports)
+
+    def lengths(layout: Layout) -> list[list[int]]:
+        words = table(layout)
+        ends = int(words.min(1).sum()), int(words.max(1).sum())
+        of_default = words[:, first].sum()[None]
+        return [wire.capacity_ladder(*ends, of_default, _SPACING)] * len(p)
+
+    return Allocation(
+        name="pairs",
+        num_workers=len(p),
+        relative=True,
+        per_layer=True,
+        lengths=lengths,
+        room=lambda layout: layout.sizes,
+        init=init,
+        decide=decide,
+        report=report,
+        every=every,
         update=update,
     )
 

@@ -9,7 +9,7 @@ PATH = {
         switch lengths default_levels _residual nearest_admitted _refuse_summed""",
     "exchange.py": "compressed_mean gather_with mean_with _needed",
     "compressors/sparsify.py": """random_k largest _count first_of_each_layer
-        _word_counts _keep _counts _picked _pack_values _decode_values""",
+        _word_counts keep counts _picked _pack_values _decode_values""",
     "wire.py": """positions owner running_sum select_bit keep_lowest pack_bits
         unpack_bits""",
     "base.py": "flatten unflatten pick",

@@ -78,7 +78,7 @@ def top_k(
 
     def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys, state):
         del keys
-        k = _picked(_counts(layout, densities), levels)
+        k = _picked(counts(layout, densities), levels)
         if not tolerance:
             mask = largest(layout, magnitudes(layout, x), k)
         else:
@@ -95,8 +95,8 @@ def top_k(
         row=ROW,
         contraction=(True,) * len(densities),
         linear=False,
-        words=lambda layout: indexed_words(layout, _counts(layout, densities))[0],
-        errors=functools.partial(_tail_energy, densities=densities),
+        words=lambda layout: indexed_words(layout, counts(layout, densities))[0],
+        errors=lambda layout, x: tail_energy(layout, x, densities),
         # log2 of the threshold, and its slope; zeros where nothing is known yet.
         init=lambda layout: (
             jnp.zeros((2, layout.num_layers), jnp.float32) if tolerance else ()
@@ -132,12 +132,12 @@ def random_k(
     densities = base.ladder(densities, "density", 0.0, 1.0)
 
     def kept(layout: Layout) -> np.ndarray:
-        return _counts(layout, densities) / layout.sizes[:, None]
+        return counts(layout, densities) / layout.sizes[:, None]
 
     def encode(layout: Layout, x: jax.Array, levels: jax.Array, keys: Keys, state):
         scores = wire.random_words(keys.shared, layout.size).reshape(-1, ROW) >> 1
         scores = jnp.where(layout.valid(), scores | 1, 0)
-        k = _picked(_counts(layout, densities), levels)
+        k = _picked(counts(layout, densities), levels)
         if unbiased:
             scale = _picked(1 / kept(layout), levels)[layout.row_layer]
             x = (x.reshape(-1, ROW) * scale[:, None]).reshape(-1)
@@ -154,7 +154,7 @@ def random_k(
         row=ROW,
         contraction=tuple(not unbiased or d > 0.5 for d in densities),
         linear=True,
-        words=lambda layout: _counts(layout, densities),
+        words=lambda layout: counts(layout, densities),
         errors=errors,
         init=lambda layout: (),
         encode=encode,
@@ -189,7 +189,7 @@ def threshold(value: float, density: float = 0.01) -> Compressor:
 
     def passing(layout: Layout, x: jax.Array) -> jax.Array:
         mask = wire.pack_bits(jnp.abs(x) >= value)
-        room = jnp.asarray(_counts(layout, densities)[:, 0], jnp.int32)
+        room = jnp.asarray(counts(layout, densities)[:, 0], jnp.int32)
         return first_of_each_layer(layout, mask, room)
 
     def errors(layout: Layout, x: jax.Array) -> jax.Array:
@@ -207,7 +207,7 @@ def threshold(value: float, density: float = 0.01) -> Compressor:
         row=ROW,
         contraction=(True,),
         linear=False,
-        words=lambda layout: indexed_words(layout, _counts(layout, densities))[0],
+        words=lambda layout: indexed_words(layout, counts(layout, densities))[0],
         errors=errors,
         init=lambda layout: (),
         encode=encode,
@@ -216,7 +216,7 @@ def threshold(value: float, density: float = 0.01) -> Compressor:
     )
 
 
-def _counts(layout: Layout, densities: tuple[float, ...]) -> np.ndarray:
+def counts(layout: Layout, densities: tuple[float, ...]) -> np.ndarray:
     """Entries kept of each layer at each density, int64[L, V]."""
     # The least float error must not cost an entry: 0.29 * 100 is 28.999...
     exact = np.floor(layout.sizes[:, None] * np.array(densities) * (1 + 1e-12))
@@ -501,15 +501,15 @@ def adder(layout: Layout, k: jax.Array, capacity: int, bitmaps: bool) -> Callabl
 
 
 def _pack_indexed(densities, layout, units: Selected, levels, capacity: int):
-    k = _picked(_counts(layout, densities), levels)
+    k = _picked(counts(layout, densities), levels)
     return pack_indexed(layout, units, k, capacity), ()
 
 
 def _decode_indexed(densities, layout, messages, levels, shared) -> jax.Array:
     del shared
-    counts = _counts(layout, densities)
-    bitmaps = bool((indexed_words(layout, counts)[1] == _BITMAP).any())
-    k = _picked(counts, levels)
+    table = counts(layout, densities)
+    bitmaps = bool((indexed_words(layout, table)[1] == _BITMAP).any())
+    k = _picked(table, levels)
     add = adder(layout, k, messages.shape[1], bitmaps)
     # Made from the messages so that it varies over a mesh's axes as they do.
     nothing = (messages[0, 0] & 0).astype(jnp.float32)
@@ -535,8 +535,8 @@ def _decode_values(layout, messages, levels, shared: jax.Array) -> jax.Array:
     return zero.at[place].add(wire.to_floats(values), mode="drop")
 
 
-def _tail_energy(
-    layout: Layout, x: jax.Array, *, densities: tuple[float, ...]
+def tail_energy(
+    layout: Layout, x: jax.Array, densities: tuple[float, ...]
 ) -> jax.Array:
     """Squared error of `top_k` at every density, float32[L, V].
 
@@ -565,5 +565,5 @@ def _tail_energy(
         rest = 1 - (k - (ends - count)[at]) / jnp.maximum(count[at], 1)
         return below[at] + energy[at] * jnp.clip(rest, 0, 1)
 
-    k = jnp.asarray(_counts(layout, densities), jnp.float32)
+    k = jnp.asarray(counts(layout, densities), jnp.float32)
     return jax.vmap(tail)(count, energy, k) * (largest**2)[:, None]
