@@ -3,11 +3,11 @@
 from gcjax.aggregate import adapt, aggregator, matrices_above
 from gcjax.allocation import (
     Allocation,
-    accordion,
     pairs,
     ratios,
     resolved,
     steered,
+    switched,
     thresholds,
 )
 from gcjax.base import Aggregator, Compressor, Exchange, Layout, Selector
@@ -45,7 +45,7 @@ __all__ = [
     "resolved",
     "thresholds",
     "steered",
-    "accordion",
+    "switched",
     "pairs",
     # mappings over workers
     "over_workers",

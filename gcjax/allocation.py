@@ -17,7 +17,7 @@ import numpy as np
 from gcjax import wire
 from gcjax.base import Layout, Problem, Selector, ladder, level_index, pick
 from gcjax.compressors import sparsify
-from gcjax.selectors.workers import largest_remainder
+from gcjax.selectors.workers import Accordion, largest_remainder
 
 _SPACING = 1.25  # between neighbouring lengths of an upload that changes
 
@@ -41,7 +41,7 @@ class Allocation(NamedTuple):
     report: Callable | None
     every: int  # rounds between reports
     # (layout, state, counts int32[n, 1 or L] of entries sent, reports float32[n, M],
-    # zeros between them, due, mean) -> state.
+    # zeros between them, due) -> state.
     update: Callable
 
 
@@ -123,8 +123,8 @@ def resolved(
         zeta = jnp.ones((num_workers,), jnp.float32)
         return jnp.int32(0), zeta * 0, solve(layout, zeta)
 
-    def update(layout, state, counts, reports, due, mean):
-        del counts, due, mean
+    def update(layout, state, counts, reports, due):
+        del counts, due
         round_, energy, granted = state
         energy = decay * energy + (1 - decay) * reports[:, 0]
         unbiased = energy / (1 - decay ** (round_ + 1).astype(jnp.float32))
@@ -220,8 +220,7 @@ def steered(
     scale = np.where(used, (p / p[used].mean()).clip(1e-30) ** exponent, np.inf)
     quantile = statistics.NormalDist().inv_cdf(1 - ratio / 2)
 
-    def update(layout, state, counts, reports, due, mean):
-        del mean
+    def update(layout, state, counts, reports, due):
         target = ratio * int(used.sum()) * _entries(layout)
         excess = jnp.sum(counts).astype(jnp.float32) / target - 1
         spread = jnp.sqrt(reports[:, 0])[used] / jnp.asarray(scale[used], jnp.float32)
@@ -240,72 +239,42 @@ def steered(
     return made._replace(report=mean_square, every=2**30)  # once
 
 
-def accordion(
-    low: Sequence[float], high: Sequence[float], *, change: float = 0.5, every: int = 1
+def switched(
+    rule: Accordion, num_workers: int, *, relative: bool = True, max_ratio: float = 1.0
 ) -> Allocation:
-    """Switches all workers between two ratios as the mean's norm changes.
+    """Ratios or thresholds that follow the changes of each worker's gradient norm.
 
-    Where the norm of the mean, summed over `every` rounds, differs from the one before
-    by less than `change` of it, the low ratios hold, else the high ones, and in the
-    first rounds.
+    Every worker tells the others one number a round, the norm of its gradient.
 
     Args:
-      low: Ratio of each worker where the norm hardly changes, in [0, 1].
-      high: Ratio of each worker elsewhere.
-      change: Relative change of the norm, positive.
-      every: Rounds between decisions.
+      rule: From `gcjax.selectors.workers.accordion`.
+      num_workers: n.
+      relative: Its values are ratios; else thresholds.
+      max_ratio: Share of all entries that are sent at most, in (0, 1].
 
     Raises:
-      ValueError: for arguments out of range.
-    References: Agarwal et al., 2021, Accordion, arXiv:2010.16248, Algorithm 1, there
-      per layer; here as the code of DAGC (arXiv:2311.07324) has it, for all at once.
+      ValueError: for `max_ratio` out of range.
     """
-    both = [_checked("accordion", v, 0.0, 1.0) for v in (low, high)]
-    if len(both[0]) != len(both[1]) or not change > 0 or every < 1:
-        raise ValueError(
-            "accordion: low and high must be as long, change positive and every >= 1"
-        )
-    fixed = [ratios(v) for v in both]
-
-    def update(layout, state, counts, reports, due, mean):
-        del counts, reports, due
-        round_, sum_, last, is_high = state
-        sum_ = sum_ + mean
-        again = (round_ + 1) % every == 0
-        norm = jnp.linalg.norm(sum_)
-        moved = jnp.abs(norm - last) >= change * last
-        return (
-            round_ + 1,
-            jnp.where(again, 0, sum_),
-            jnp.where(again, norm, last),
-            jnp.where(again, moved, is_high),
-        )
-
-    def decide(layout: Layout, state):
-        few, many = (a.decide(layout, ()) for a in fixed)
-        return jnp.where(state[3], many, few)
-
-    def lengths(layout: Layout) -> list[list[int]]:
-        pairs = zip(*(a.lengths(layout) for a in fixed), strict=True)
-        return [sorted({*few, *many}) for few, many in pairs]
-
-    return Allocation(
-        name="accordion",
-        num_workers=len(both[0]),
-        relative=True,
-        per_layer=False,
-        lengths=lengths,
-        room=lambda layout: np.maximum(*(a.room(layout) for a in fixed)),
-        init=lambda layout: (
-            jnp.int32(0),
-            jnp.zeros((layout.size,), jnp.float32),
-            jnp.float32(0),
-            jnp.bool(True),
+    made = _absolute(
+        "switched",
+        num_workers,
+        max_ratio,
+        # Before the first round there is no norm to decide on.
+        init=lambda layout: rule.update(
+            jnp.full(num_workers, jnp.nan), rule.init(num_workers)
         ),
-        decide=decide,
-        report=None,
-        every=1,
-        update=update,
+        decide=lambda layout, state: state[0],
+        update=lambda layout, state, counts, reports, due: rule.update(
+            reports[:, 0], state[1]
+        ),
+    )
+    entries = lambda layout, state: jnp.floor(
+        jnp.minimum(state[0], max_ratio) * _entries(layout)
+    ).astype(jnp.int32)[:, None]
+    return made._replace(
+        relative=relative,
+        decide=entries if relative else made.decide,
+        report=lambda layout, gradient: jnp.linalg.norm(gradient)[None],
     )
 
 
@@ -381,8 +350,8 @@ def pairs(
         new = jnp.asarray(kept, jnp.int32)[jnp.maximum(chosen, 0)]
         return jnp.where(usable, new, levels), inner
 
-    def update(layout, state, counts, reports, due, mean):
-        del counts, mean
+    def update(layout, state, counts, reports, due):
+        del counts
         keep = lambda state, reports: state
         change = functools.partial(choose, layout)
         return jax.lax.cond(due, change, keep, state, reports)
@@ -434,8 +403,8 @@ def _absolute(name, num_workers, max_ratio, *, init, decide, update) -> Allocati
     )
 
 
-def _unchanged(layout, state, counts, reports, due, mean):
-    del layout, counts, reports, due, mean
+def _unchanged(layout, state, counts, reports, due):
+    del layout, counts, reports, due
     return state
 
 

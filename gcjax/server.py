@@ -151,7 +151,7 @@ def parameter_server(
         # 4. What the allocation learns.
         due = round_ % allocation.every == 0
         reports, more = _reports(allocation, layout, gradient, due, count, axis_name)
-        allocated = allocation.update(layout, allocated, counts, reports, due, total)
+        allocated = allocation.update(layout, allocated, counts, reports, due)
         return total, small, sent, ((round_ + 1, allocated, *server), own), words + more
 
     def memory(layout: Layout) -> tuple:

@@ -27,7 +27,7 @@ ALLOCATIONS = {
     "thresholds": lambda: gcjax.thresholds(rules.dagc_a(SHARES, 2.0), max_ratio=0.2),
     "steered": lambda: gcjax.steered(SHARES, 0.02),
     "resolved": lambda: gcjax.resolved(psi_rule, COUNT, every=2),
-    "accordion": lambda: gcjax.accordion([0.005] * 4, [0.02] * 4),
+    "switched": lambda: gcjax.switched(rules.accordion(0.005, 0.02), COUNT),
     "pairs": lambda: gcjax.pairs(gcjax.lgreco(0.01), SHARES, every=2),
 }
 
@@ -247,16 +247,16 @@ def test_resolved_follows_the_gradients_norms():
     assert granted.sum() == round(COUNT * 0.02 * SIZE)
 
 
-def test_accordion_is_high_while_the_norm_changes_and_low_after():
-    few, many = [0.01] * COUNT, [0.05] * COUNT
-    made = gcjax.accordion(few, many)
+def test_switched_sends_much_while_a_workers_norm_changes():
+    made = gcjax.switched(rules.accordion(0.01, 0.05), 2)
     layout = base.Layout(("a",), ((2048,),), sparsify.ROW)
     state, seen = made.init(layout), []
-    for scale in (1.0, 1.0, 1.1, 3.0, 3.0):
-        seen.append(int(made.decide(layout, state)[0, 0]))
-        mean = jnp.full((layout.size,), scale, jnp.float32)
-        state = made.update(layout, state, None, None, True, mean)
-    assert seen == [103, 103, 21, 21, 103]
+    for norms in ([1.0, 1.0], [1.1, 3.0], [1.2, 3.0]):
+        seen.append(np.asarray(made.decide(layout, state))[:, 0].tolist())
+        reports = jnp.array(norms)[:, None]
+        state = made.update(layout, state, None, reports, True)
+    seen.append(np.asarray(made.decide(layout, state))[:, 0].tolist())
+    assert seen == [[102, 102], [102, 102], [20, 102], [20, 20]]
 
 
 def test_pairs_of_one_worker_are_lgrecos_choice():
@@ -277,7 +277,7 @@ def test_pairs_of_one_worker_are_lgrecos_choice():
     )
     want, _ = selector.update(problem, ())
     report = made.report(layout, x)[None]
-    levels, _ = made.update(layout, made.init(layout), None, report, True, x)
+    levels, _ = made.update(layout, made.init(layout), None, report, True)
     np.testing.assert_array_equal(levels, want)
     assert len({*np.asarray(levels).tolist()}) > 1
 
@@ -291,7 +291,7 @@ def test_pairs_of_one_layer_are_psis_choice():
     layout = base.Layout(("a",), ((1 << 20,),), sparsify.ROW)
     reports = (zeta[:, None] / np.array(ladder)) ** 2
     levels, _ = made.update(
-        layout, made.init(layout), None, jnp.asarray(reports, jnp.float32), True, None
+        layout, made.init(layout), None, jnp.asarray(reports, jnp.float32), True
     )
     chosen = np.array(ladder)[np.asarray(levels)]
     want = rules.dagc_r(p, chosen.mean(), criterion="psi", zeta=zeta)
@@ -324,7 +324,10 @@ def test_a_step_that_is_not_finite_changes_nothing():
         (lambda: gcjax.steered([1.0], 0.0), "ratio must be in"),
         (lambda: gcjax.steered([0.0], 0.1), "weights must not all be zero"),
         (lambda: gcjax.resolved(psi_rule, 4, every=0), "every must be >= 1"),
-        (lambda: gcjax.accordion([0.1], [0.1, 0.2]), "must be as long"),
+        (
+            lambda: gcjax.switched(rules.accordion(0.1, 0.2), 2, max_ratio=2.0),
+            "max_ratio must be in",
+        ),
         (lambda: gcjax.pairs(gcjax.lgreco(0.33), [1.0]), "not on the ladder"),
         (lambda: server(weights=[1, np.nan, 1, 1]), "weights must be one number"),
         (lambda: server(weights=[1, 1]), "do not go together"),
