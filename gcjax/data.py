@@ -5,14 +5,16 @@ environment variable GCJAX_DATA names, and in ~/.cache/gcjax, in this order. Wha
 in none of them is fetched into the first one and checked against the published
 checksum. The data set "digits" comes with scikit-learn and needs no file.
 
-Plain files (`*.npz` with the arrays x_train, y_train, x_test, y_test, and `*.txt`) are
-taken as they are; official archives (`*.gz`) must have the published checksum.
+Plain files (`*.npz`, of images with the arrays x_train, y_train, x_test, y_test;
+`*.txt`; `*.json`) are taken as they are; official archives (`*.gz`) must have the
+published checksum.
 """
 
 import functools
 import gzip
 import hashlib
 import http.client
+import json
 import os
 import pickle
 import tarfile
@@ -68,7 +70,8 @@ DOWNLOADS: dict[str, Source] = {
 }
 
 IMAGE_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_subset")
-TEXT_SETS = ("wikitext2", "tinyshakespeare")
+TEXT_SETS = ("wikitext2", "tinyshakespeare", "shakespeare_roles")
+SENSOR_SETS = ("wisdm",)
 
 
 def load(
@@ -81,7 +84,8 @@ def load(
     Args:
       name: "digits" (8x8 handwritten digits, 1,437 + 360), "fashion_mnist", "cifar10",
         "cifar100", "cifar100_subset" (any part of CIFAR-100 as one .npz file),
-        "wikitext2" (words) or "tinyshakespeare" (characters).
+        "wikitext2" (words), "tinyshakespeare" (characters), "shakespeare_roles" (the
+        same by speaking role), or "wisdm" (motion of a phone, by user).
       data_dir: Folder looked into first; None or "" stands for the other places.
       vocab_size: For "wikitext2": the `vocab_size` - 1 most frequent training words
         are kept, all others become "<unk>"; None keeps all 33,278. A number above that
@@ -92,6 +96,11 @@ def load(
       y_test likewise. Text sets: train, valid and test int32 [n], indices into vocab,
       a list of strings. In "wikitext2" each line ends with the word "<eos>". In
       "tinyshakespeare" the last tenth of the text is both valid and test.
+      "shakespeare_roles": train, valid and test are lists of such texts, one for each
+      role, the last tenth of its lines' characters both valid and test; roles, a list
+      of strings "play/ROLE". "wisdm": x_train float32 [n, 43], of which missing values
+      are NaN, y_train int32 [n], users_train int32 [n], x_test and so on likewise;
+      every sixth user is a test user.
 
     Raises:
       ValueError: Unknown name, bad vocab_size, or a damaged file.
@@ -103,9 +112,13 @@ def load(
       Krizhevsky, 2009, Learning Multiple Layers of Features from Tiny Images.
       Merity et al., 2016, Pointer Sentinel Mixture Models, arXiv:1609.07843.
       Karpathy, 2015, char-rnn (github.com/karpathy/char-rnn).
+      Caldas et al., 2018, LEAF, arXiv:1812.01097 (roles as clients; the plays here are
+        of another edition, and without its filters).
+      Kwapisz, Weiss and Moore, 2010, Activity Recognition using Cell Phone
+        Accelerometers (WISDM).
     """
-    if name not in IMAGE_SETS + TEXT_SETS:
-        valid = ", ".join(IMAGE_SETS + TEXT_SETS)
+    if name not in IMAGE_SETS + TEXT_SETS + SENSOR_SETS:
+        valid = ", ".join(IMAGE_SETS + TEXT_SETS + SENSOR_SETS)
         raise ValueError(f"unknown data set {name!r}; valid: {valid}")
     if vocab_size is not None and (name != "wikitext2" or vocab_size < 2):
         raise ValueError(
@@ -117,6 +130,8 @@ def load(
     content = _read(name, _folders(data_dir))
     if name == "wikitext2":
         return _index_words(content, vocab_size)
+    if name == "shakespeare_roles":
+        return _index_roles(content)
     return _index_characters(content["input"]) if name == "tinyshakespeare" else content
 
 
@@ -340,6 +355,32 @@ def _read_text(paths: Paths) -> dict[str, str]:
     return texts
 
 
+def _read_roles(paths: Paths) -> dict[str, str]:
+    """Reads a JSON object of texts, by role."""
+    (path,) = paths.values()
+    texts = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(texts, dict) or not all(
+        isinstance(text, str) and text for text in texts.values()
+    ):
+        raise ValueError("not an object of texts by role")
+    return texts
+
+
+def _read_wisdm(paths: Paths) -> dict[str, np.ndarray]:
+    """Reads the features, labels and users of WISDM; holds out every sixth user."""
+    (path,) = paths.values()
+    with np.load(path, allow_pickle=False) as arrays:
+        x, y, users = (arrays[name] for name in ("features", "labels", "users"))
+    if x.ndim != 2 or y.shape != x.shape[:1] or users.shape != y.shape:
+        raise ValueError(f"arrays of shapes {x.shape}, {y.shape} and {users.shape}")
+    content = {}
+    for part, kept in (("train", users % 6 != 0), ("test", users % 6 == 0)):
+        content[f"x_{part}"] = x[kept].astype(np.float32)
+        content[f"y_{part}"] = y[kept].astype(np.int32)
+        content[f"users_{part}"] = users[kept].astype(np.int32)
+    return content
+
+
 def _read_wikitext_zip(paths: Paths) -> dict[str, str]:
     """Reads the official archive of WikiText-2."""
     (path,) = paths.values()
@@ -375,6 +416,8 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(("wikitext-2-v1.zip",), _read_wikitext_zip),
     ),
     "tinyshakespeare": (Layout(("tinyshakespeare/input.txt",), _read_text),),
+    "shakespeare_roles": (Layout(("shakespeare_roles/by_role.json",), _read_roles),),
+    "wisdm": (Layout(("wisdm/wisdm.npz",), _read_wisdm),),
 }
 
 
@@ -413,6 +456,22 @@ def _index_characters(text: str) -> dict[str, Any]:
     vocab = [chr(code) for code in codes]
     held_out = tokens[cut:]
     return {"train": tokens[:cut], "valid": held_out, "test": held_out, "vocab": vocab}
+
+
+def _index_roles(texts: dict[str, str]) -> dict[str, Any]:
+    """Numbers the characters of all roles alike; of each 90 % are for training."""
+    joined = _index_characters("".join(texts.values()))
+    tokens = np.concatenate([joined["train"], joined["test"]])
+    ends = np.cumsum([len(text) for text in texts.values()])
+    roles = np.split(tokens, ends[:-1])
+    held_out = [role[len(role) * 9 // 10 :] for role in roles]
+    return {
+        "train": [role[: len(role) * 9 // 10] for role in roles],
+        "valid": held_out,
+        "test": held_out,
+        "roles": list(texts),
+        "vocab": joined["vocab"],
+    }
 
 
 # Preparing
@@ -477,6 +536,49 @@ def sampler(
         epoch, part = divmod(int(step), size // per_step)
         index = permutation(epoch)[part * per_step : (part + 1) * per_step]
         return index.reshape(num_workers, batch_size)
+
+    return pick
+
+
+def shard_sampler(
+    shards: list[np.ndarray], seed: int, batch_size: int
+) -> Callable[[int], np.ndarray]:
+    """Makes a pure function step -> sample numbers, int64 [num_workers, batch_size].
+
+    Every worker goes through its own shard, in a permutation drawn from (seed, worker,
+    epoch) for each epoch, and begins the next one in the middle of a batch: a worker
+    with few samples sees them more often than one with many.
+
+    Args:
+      shards: Sample numbers of each worker, none empty.
+      seed: Not negative.
+      batch_size: Samples per worker and step.
+
+    Raises:
+      ValueError: for an empty shard, or a batch size below 1.
+    """
+    sizes = np.array([len(shard) for shard in shards])
+    if batch_size < 1 or sizes.min() < 1:
+        raise ValueError(
+            f"every worker needs a sample and batch_size must be >= 1, got {batch_size}"
+            f" and {sizes.min()} samples for worker {sizes.argmin()}"
+        )
+
+    # Only to save time; a batch of a tiny shard spans many epochs.
+    @functools.lru_cache(maxsize=len(shards) + 2 * batch_size)
+    def permutation(worker, epoch):
+        return np.random.default_rng((seed, 3, worker, epoch)).permutation(
+            shards[worker]
+        )
+
+    def pick(step):
+        at = int(step) * batch_size + np.arange(batch_size)
+        rows = []
+        for worker, size in enumerate(sizes):
+            epochs = range(at[0] // size, at[-1] // size + 1)
+            joined = np.concatenate([permutation(worker, int(e)) for e in epochs])
+            rows.append(joined[at - epochs[0] * size])
+        return np.stack(rows)
 
     return pick
 

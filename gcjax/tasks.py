@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from gcjax import data
+from gcjax import data, splits
 
 Batch = dict[str, Any]  # arrays with a leading axis of samples
 
@@ -38,6 +38,10 @@ class Task(NamedTuple):
     # (seed, N, B) -> (step -> batch [N, B, ...] of NumPy arrays), a pure function.
     batches: Callable[[int, int, int], Callable[[int], Batch]]
     metric: str  # the main metric of `evaluate`: "accuracy" or "perplexity"
+    # With a split, (seed, N) -> the numbers of each worker's own training samples, from
+    # which its batches are drawn; None: all share all, without overlap in an epoch.
+    shards: Callable[[int, int], splits.Shards] | None = None
+    labels: np.ndarray | None = None  # int[n] of the training samples, for figures
 
 
 def image_classification(
@@ -49,21 +53,24 @@ def image_classification(
     test_size: int | None = None,
     augment: bool = False,
     norm: str | None = None,
+    split: splits.Split | None = None,
 ) -> Task:
-    """Image classification by a convolutional network with cross-entropy.
+    """Image classification with cross-entropy.
 
     Batches are {"x": uint8 [N, B, h, w, c], "y": int32 [N, B]}; `loss` normalises each
     channel by its mean and standard deviation in the whole training set.
 
     Args:
       dataset: One of `data.IMAGE_SETS`.
-      model: "small_cnn", "cnn4", "cnn4_wide", "lenet", "vgg11" or "resnet18".
+      model: "logistic", "small_cnn", "cnn4", "cnn4_wide", "lenet", "vgg11" or
+        "resnet18".
       data_dir: Passed to `data.load`.
       train_size: Number of training images kept, the first ones; None keeps all.
       test_size: The same for test images.
       augment: Apply `data.shift_and_mirror`, drawn from (seed, step): for CIFAR.
       norm: "group" or "batch", for vgg11 and resnet18, where None means "group". The
         running statistics of "batch" are the model_state.
+      split: Which images each worker has, from `gcjax.splits`.
 
     Raises:
       ValueError: Bad name or size, or images too small for the model.
@@ -84,15 +91,63 @@ def image_classification(
         for part, size in (("train", train_size), ("test", test_size))
     )
     init, apply = _functional(lambda rngs: MODELS[model](shape, classes, norm, rngs))
+    score = _accuracy(apply, lambda x: (x.astype(jnp.float32) - mean) / std)
+    samples = splits.Samples(train["y"])
+    held_out = test, 500, "accuracy"
+    return _task(init, score, train, *held_out, samples, split, augment)
+
+
+def activity_recognition(
+    dataset: str = "wisdm",
+    *,
+    data_dir: str | os.PathLike | None = None,
+    hidden: int = 0,
+    split: splits.Split | None = None,
+) -> Task:
+    """Recognition of what the bearer of a phone does, from features of its motion.
+
+    Batches are {"x": float32 [N, B, 43], "y": int32 [N, B]}, normalised by mean and
+    standard deviation of the training set; missing values are its mean. Users of the
+    test set are not in the training set.
+
+    Args:
+      dataset: One of `data.SENSOR_SETS`.
+      data_dir: Passed to `data.load`.
+      hidden: Width of a hidden layer with ReLU; 0 for logistic regression.
+      split: Which samples each worker has: `gcjax.splits.by_user()`, with one worker
+        per user, at most 30, or another one.
+
+    Raises:
+      ValueError, FileNotFoundError: Bad name or size; data missing, as in `data.load`.
+    """
+    _check_name("sensor data set", dataset, data.SENSOR_SETS)
+    if hidden < 0:
+        raise ValueError(f"hidden must be >= 0, got {hidden}")
+    content = data.load(dataset, data_dir)
+    mean = np.nanmean(content["x_train"], axis=0)
+    std = np.nanstd(content["x_train"], axis=0) + 1e-6
+    prepared = lambda x: np.nan_to_num((x - mean) / std).astype(np.float32)
+    train, test = (
+        {"x": prepared(content[f"x_{part}"]), "y": content[f"y_{part}"]}
+        for part in ("train", "test")
+    )
+    sizes = train["x"].shape[1], *([hidden] * bool(hidden)), int(train["y"].max()) + 1
+    init, apply = _functional(lambda rngs: Perceptron(sizes, rngs))
+    score = _accuracy(apply, lambda x: x)
+    samples = splits.Samples(train["y"], content["users_train"])
+    return _task(init, score, train, test, 500, "accuracy", samples, split)
+
+
+def _accuracy(apply: Callable, prepare: Callable) -> Callable:
+    """Makes the `score` of a classifier; see `_task`."""
 
     def score(params, model_state, batch, training):
-        x = (batch["x"].astype(jnp.float32) - mean) / std
-        logits, model_state = apply(params, model_state, x, training)
+        logits, model_state = apply(params, model_state, prepare(batch["x"]), training)
         hits = (logits.argmax(-1) == batch["y"]).astype(jnp.float32)
         losses = cross_entropy(logits, batch["y"])
         return {"accuracy": hits, "loss": losses}, model_state
 
-    return _task(init, score, train, test, 500, "accuracy", augment)
+    return score
 
 
 def language_model(
@@ -106,6 +161,7 @@ def language_model(
     seq_len: int = 64,
     eval_tokens: int | None = 32_768,
     tied: bool = True,
+    split: splits.Split | None = None,
 ) -> Task:
     """Next-token prediction by a causal Transformer with cross-entropy.
 
@@ -113,7 +169,9 @@ def language_model(
     share only their end tokens. The perplexity is of the first `eval_tokens` of the
     validation text in windows without earlier context, so it is higher than with long
     contexts. In a reduced vocabulary "<unk>" is predicted like any word: compare
-    perplexities only at equal `vocab_size`.
+    perplexities only at equal `vocab_size`. "shakespeare_roles" has windows of single
+    roles, the users of a split, whose labels are the plays; roles too short for one
+    window are left out, and validation windows are of roles in random order.
 
     Args:
       dataset: One of `data.TEXT_SETS`.
@@ -125,6 +183,8 @@ def language_model(
       seq_len: Number of tokens that the model sees.
       eval_tokens: Validation tokens predicted, rounded down to windows; None takes all.
       tied: The output matrix is the transposed embedding.
+      split: Which windows each worker has, from `gcjax.splits`; of other texts than
+        "shakespeare_roles" all have one label.
 
     Raises:
       ValueError, FileNotFoundError: Bad name or size; data missing, as in `data.load`.
@@ -133,9 +193,17 @@ def language_model(
     if d_model % num_heads:
         raise ValueError(f"d_model must be a multiple of {num_heads}, got {d_model}")
     text = data.load(dataset, data_dir, vocab_size)
-    end = None if eval_tokens is None else eval_tokens + 1
-    train = {"tokens": data.windows(text["train"], seq_len)}
-    valid = {"tokens": data.windows(text["valid"][:end], seq_len)}
+    if "roles" in text:
+        train, samples = _role_windows(text, "train", seq_len)
+        valid, _ = _role_windows(text, "valid", seq_len)
+        order = np.random.default_rng(0).permutation(len(valid["tokens"]))
+        most = None if eval_tokens is None else max(1, eval_tokens // seq_len)
+        valid = {"tokens": valid["tokens"][order[:most]]}
+    else:
+        end = None if eval_tokens is None else eval_tokens + 1
+        train = {"tokens": data.windows(text["train"], seq_len)}
+        valid = {"tokens": data.windows(text["valid"][:end], seq_len)}
+        samples = splits.Samples(np.zeros(len(train["tokens"]), np.int64))
     sizes = (len(text["vocab"]), d_model, num_layers, num_heads, seq_len)
     init, apply = _functional(lambda rngs: Transformer(*sizes, tied, rngs))
 
@@ -144,10 +212,29 @@ def language_model(
         logits, model_state = apply(params, model_state, inputs, training)
         return {"loss": cross_entropy(logits, labels).mean(-1)}, model_state
 
-    return _task(init, score, train, valid, 16, "perplexity")
+    return _task(init, score, train, valid, 16, "perplexity", samples, split)
 
 
-def _task(init, score, train, held_out, chunk, metric, augment=False) -> Task:
+def _role_windows(text, part: str, seq_len: int) -> tuple[Batch, splits.Samples]:
+    """Windows of every role that has one; the role is the user, the play the label."""
+    plays = sorted({role.split("/")[0] for role in text["roles"]})
+    windows, labels, users = [], [], []
+    for user, (role, tokens) in enumerate(zip(text["roles"], text[part], strict=True)):
+        if len(tokens) > seq_len:
+            windows.append(data.windows(tokens, seq_len))
+            labels += [plays.index(role.split("/")[0])] * len(windows[-1])
+            users += [user] * len(windows[-1])
+    if not windows:
+        raise ValueError(
+            f"no role has the {seq_len + 1} tokens of a window; {seq_len=}"
+        )
+    samples = splits.Samples(np.array(labels), np.array(users))
+    return {"tokens": np.concatenate(windows)}, samples
+
+
+def _task(
+    init, score, train, held_out, chunk, metric, samples, split, augment=False
+) -> Task:
     """Puts a task together.
 
     Args:
@@ -158,6 +245,8 @@ def _task(init, score, train, held_out, chunk, metric, augment=False) -> Task:
       held_out: Held-out samples, a `Batch`.
       chunk: Largest number of held-out samples scored at a time.
       metric: As in `Task`; "perplexity" is computed from the loss.
+      samples: Labels and users of the training samples.
+      split: Which of them each worker has, or None.
       augment: Whether to augment the images in `train`.
     """
 
@@ -175,9 +264,15 @@ def _task(init, score, train, held_out, chunk, metric, augment=False) -> Task:
             means = {metric: math.exp(min(means["loss"], 700.0)), **means}
         return means
 
+    shards = None if split is None else lambda seed, n: split(samples, n, seed)
+
     def batches(seed, num_workers, batch_size):
-        size = len(next(iter(train.values())))
-        pick = data.sampler(size, seed, num_workers, batch_size)
+        if shards is not None:
+            owned = shards(seed, num_workers)
+            pick = data.shard_sampler(owned, seed, batch_size)
+        else:
+            size = len(next(iter(train.values())))
+            pick = data.sampler(size, seed, num_workers, batch_size)
 
         def batch(step):
             picked = {name: array[pick(step)] for name, array in train.items()}
@@ -188,7 +283,7 @@ def _task(init, score, train, held_out, chunk, metric, augment=False) -> Task:
 
         return batch
 
-    return Task(init, loss, evaluate, batches, metric)
+    return Task(init, loss, evaluate, batches, metric, shards, samples.labels)
 
 
 def _check_name(kind: str, name: str, valid) -> None:
@@ -273,6 +368,29 @@ def _pool(x: jax.Array, reduce: Callable) -> jax.Array:
 def _size(features: Callable, shape: tuple[int, ...]) -> int:
     """Counts what a function makes of one image of the given shape [h, w, c]."""
     return jax.eval_shape(features, jax.ShapeDtypeStruct((1, *shape), jnp.float32)).size
+
+
+class Perceptron(nnx.Module):
+    """Dense layers with ReLU in between; of one layer, logistic regression."""
+
+    def __init__(self, sizes, rngs):
+        self.depth = len(sizes) - 1
+        for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes), 1):
+            setattr(self, f"dense{i}", _linear(n_in, n_out, rngs))
+
+    def __call__(self, x, training):
+        """Computes logits [b, classes] from inputs [b, ...]."""
+        del training
+        x = x.reshape(x.shape[0], -1)
+        for i in range(1, self.depth):
+            x = nnx.relu(getattr(self, f"dense{i}")(x))
+        return getattr(self, f"dense{self.depth}")(x)
+
+
+def _logistic(shape, classes, norm, rngs) -> Perceptron:
+    """Logistic regression on pixels: 7,850 parameters for Fashion-MNIST."""
+    del norm
+    return Perceptron((math.prod(shape), classes), rngs)
 
 
 class SmallCNN(nnx.Module):
@@ -444,6 +562,7 @@ class ResNet18(nnx.Module):
 
 # Makers of image models: (shape [h, w, c], number of classes, norm, rngs) -> module.
 MODELS: dict[str, Callable[..., nnx.Module]] = {
+    "logistic": _logistic,
     "small_cnn": SmallCNN,
     "cnn4": functools.partial(LeNet, (32, 32), (256,)),
     "cnn4_wide": functools.partial(LeNet, (32, 64), (512,)),

@@ -151,6 +151,7 @@ def test_channel_statistics():
 # Models
 
 SIZES = [  # dataset, model, norm, parameters, state
+    ("fashion_mnist", "logistic", None, 7_850, 0),
     ("digits", "small_cnn", None, 33_546, 0),
     ("fashion_mnist", "small_cnn", None, 29_178, 0),
     ("cifar10", "small_cnn", None, 34_170, 0),
@@ -308,7 +309,7 @@ def test_means_in_chunks(n, chunk):
     [
         (dict(dataset="mnist"), "valid: digits"),
         (dict(dataset="wikitext2"), "unknown image data set"),
-        (dict(model="vit"), "valid: small_cnn, cnn4, cnn4_wide, lenet"),
+        (dict(model="vit"), "valid: logistic, small_cnn, cnn4, cnn4_wide, lenet"),
         (dict(model="cnn4"), "16x16"),
         (dict(norm="batch"), "valid: vgg11, resnet18"),
         (dict(model="vgg11", norm="layer"), "valid: group, batch"),
