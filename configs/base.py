@@ -16,9 +16,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.task = "image_classification('digits', 'small_cnn')"
     # Where data sets lie; "" for $GCJAX_DATA or the cache.
     config.data_dir = ""
-    # A call of gcjax.compressed_mean or gcjax.power_sgd.
+    # A call of gcjax.compressed_mean, gcjax.power_sgd or gcjax.parameter_server (then
+    # without allocation and weights, which come from the method and the data's split).
     config.aggregator = "compressed_mean(top_k())"
-    # One run each, one after the other: "dense", or a call of a selector.
+    # One run each, one after the other: "dense", or a call of a selector; for a
+    # parameter server of an allocation, see gcjax.train.allocations.
     config.methods = ("lgreco(default=0.01)",)
     # Steps between selections.
     config.every = 100
@@ -32,6 +34,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.batch_size_per_worker = 16
     # Micro-batches per step, accumulated before one exchange.
     config.micro_batches = 1
+    # Local SGD steps, each with its part of the batch, after which the change of the
+    # weights is exchanged in the gradient's place; 0 to exchange gradients.
+    config.local_steps = 0
+    # Of the local steps; learning_rate is then that of the server, usually 1.
+    config.local_learning_rate = 0.01
     config.steps = 1000
     config.seed = 0
     # "sgd" (with momentum) or "adamw".

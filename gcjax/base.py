@@ -283,6 +283,8 @@ class Exchange(NamedTuple):
     mean: Callable
     # Of a mean that is not plain: each worker's weight, adding up to 1.
     weights: tuple[float, ...] | None = None
+    # Over devices a server has a position of its own, after the workers.
+    server: bool = False
 
 
 class Problem(NamedTuple):

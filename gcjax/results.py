@@ -25,20 +25,21 @@ _NOT_HASHED = ("seed", "data_dir", "resume", "log_every", "checkpoint_every")
 
 
 def payload_bits(words: Words) -> int:
-    """Bits that one worker contributed to collectives."""
-    return 32 * sum(int(w) for w in words)
+    """Bits that one worker contributed to collectives, uploads on average."""
+    down = {"downloaded": np.int32(0)}
+    return round(32 * sum(float(np.mean(w)) for w in words._replace(**down)))
 
 
 def wire_bits(words: Words, num_workers: int) -> float:
     """Bits that one worker sends, by the collectives' usual algorithms.
 
     Of S bits all-gather sends (N - 1) S, a ring all-reduce 2 (N - 1) / N S, all-to-all
-    (N - 1) / N S, a permutation S.
+    (N - 1) / N S, a permutation S. Of uploads it is the mean over workers. What a
+    server sends is not in it.
     """
-    n = num_workers
-    gathered, reduced, scattered, permuted = (int(w) for w in words)
-    shared = (n - 1) * (gathered + 2 / n * reduced + scattered / n)
-    return 32 * (shared + permuted)
+    n, w = num_workers, words._replace(uploaded=np.mean(words.uploaded))
+    shared = (n - 1) * (int(w.gathered) + 2 / n * int(w.reduced) + int(w.scattered) / n)
+    return 32 * (shared + int(w.permuted) + float(w.uploaded))
 
 
 def new_record(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]:
@@ -72,6 +73,9 @@ def label(config: ml_collections.ConfigDict, method: str) -> str:
     """Short name of a method in tables: the compressor's family and the selector."""
     if method == "dense":
         return "dense"
+    if config.aggregator.startswith("parameter_server("):
+        options = config.aggregator.removeprefix("parameter_server(").removesuffix(")")
+        return " ".join([method, options]).strip()
     family = config.aggregator.removeprefix("compressed_mean(").split("(")[0]
     return f"{family} {method}"
 
@@ -80,7 +84,8 @@ def config_hash(config: ml_collections.ConfigDict, method: str) -> str:
     """Eight hex digits of all that matters to a run's result but its seed."""
     fields = json.loads(config.to_json()) | {"methods": [method]}
     kept = {k: v for k, v in fields.items() if k not in _NOT_HASHED}
-    if method == "dense":  # what is compressed how, and when, is no part of it
+    weighted = config.aggregator.startswith("parameter_server(")
+    if method == "dense" and not weighted:  # how and when to compress is no part of it
         kept = {k: v for k, v in kept.items() if k not in ("aggregator", "every")}
     text = json.dumps(kept, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

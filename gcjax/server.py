@@ -177,6 +177,7 @@ def parameter_server(
         init_worker=memory,
         mean=mean,
         weights=tuple(weights.tolist()),
+        server=to == "server",
     )
     options = {"compress": lambda path, shape: True} | options
     return aggregator(exchange, axis_name, **options)

@@ -21,17 +21,22 @@ from tqdm import tqdm
 
 from gcjax import (
     aggregate,
+    allocation,
     checkpoint,
     cluster,
     exchange,
     network,
     results,
+    server,
+    splits,
     tasks,
     workers,
 )
+from gcjax.allocation import Allocation
 from gcjax.base import Aggregator, Words
 from gcjax.compressors import quantize, sparsify
 from gcjax.selectors import layers
+from gcjax.selectors import workers as rules
 
 AXIS = "workers"
 # What the call strings of a config may name.
@@ -60,7 +65,15 @@ SELECTORS = {
 }
 _TASKS = {
     "image_classification": tasks.image_classification,
+    "activity_recognition": tasks.activity_recognition,
     "language_model": tasks.language_model,
+}
+_SPLITS = {
+    "skewed": splits.skewed,
+    "arithmetic": splits.arithmetic,
+    "geometric": splits.geometric,
+    "flickr": splits.flickr,
+    "by_user": splits.by_user,
 }
 
 
@@ -115,8 +128,62 @@ def call(text: str, names: dict[str, Callable], field: str, **extra: Any) -> Any
         ) from None
 
 
-def build_aggregator(config: ml_collections.ConfigDict, method: str) -> Aggregator:
-    """The aggregator of one method of a config."""
+def allocations(p: np.ndarray) -> dict[str, Callable[..., Allocation]]:
+    """What methods of a parameter server may name: rules bound to the weights p [n].
+
+    Ratios: `uniform(0.01)`, `dagc_r(0.01, criterion="psi")`, `power_rule(0.01, 2)`; the
+    largest of all entries, or with `per_layer=True` of each layer. Thresholds:
+    `hard(0.05)`, `dagc_a(0.05)`. `steered`, `resolved(0.01, criterion="psi")`,
+    `accordion(0.001, 0.01)` and `pairs(lgreco(default=0.01))`.
+    """
+    count = len(p)
+
+    def fixed(rule: Callable) -> Callable:
+        return lambda *args, per_layer=False, **options: allocation.ratios(
+            rule(p, *args, **options), per_layer=per_layer
+        )
+
+    def resolved(ratio: float, every: int = 50, **options: Any) -> Allocation:
+        rule = lambda zeta: rules.dagc_r(jnp.asarray(p), ratio, zeta=zeta, **options)
+        return allocation.resolved(rule, count, every=every)
+
+    def accordion(*args: Any, relative: bool = True, **options: Any) -> Allocation:
+        rule = rules.accordion(*args, **options)
+        return allocation.switched(rule, count, relative=relative)
+
+    return {
+        "uniform": fixed(lambda p, ratio: rules.power_rule(p, ratio, 0.0)),
+        "dagc_r": fixed(rules.dagc_r),
+        "power_rule": fixed(rules.power_rule),
+        "hard": lambda value: allocation.thresholds(np.where(p > 0, value, np.inf)),
+        "dagc_a": lambda value: allocation.thresholds(rules.dagc_a(p, value)),
+        "steered": functools.partial(allocation.steered, p),
+        "resolved": resolved,
+        "accordion": accordion,
+        "pairs": lambda selector, **o: allocation.pairs(selector, p, **o),
+        "lgreco": layers.lgreco,
+    }
+
+
+def weights(config: ml_collections.ConfigDict, task: tasks.Task) -> np.ndarray:
+    """Each worker's share of the training samples, [n]; equal ones without a split."""
+    n = config.num_workers
+    if task.shards is None:
+        return np.full(n, 1 / n)
+    return splits.weights(task.shards(config.seed, n))
+
+
+def build_aggregator(
+    config: ml_collections.ConfigDict, method: str, p: np.ndarray
+) -> Aggregator:
+    """The aggregator of one method of a config; p are its workers' weights."""
+    if config.aggregator.startswith("parameter_server("):
+        granted = allocation.ratios(np.ones(len(p)))
+        if method != "dense":
+            granted = call(method, allocations(p), "methods")
+        make = functools.partial(server.parameter_server, granted, p, AXIS)
+        names = COMPRESSORS | {"parameter_server": make}
+        return call(config.aggregator, names, "aggregator", seed=config.seed)
     if method == "dense":
         return exchange.compressed_mean(quantize.identity(), AXIS, seed=config.seed)
     made = call(config.aggregator, AGGREGATORS, "aggregator", seed=config.seed)
@@ -126,7 +193,8 @@ def build_aggregator(config: ml_collections.ConfigDict, method: str) -> Aggregat
 
 def build_task(config: ml_collections.ConfigDict) -> tasks.Task:
     """The task of a config, with its data loaded."""
-    return call(config.task, _TASKS, "task", data_dir=config.data_dir or None)
+    names = _TASKS | _SPLITS
+    return call(config.task, names, "task", data_dir=config.data_dir or None)
 
 
 def build_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -161,29 +229,33 @@ def build_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
 def worker_step(
     task: tasks.Task,
     tx: optax.GradientTransformation,
-    micro_batches: int,
-    seed: int,
+    config: ml_collections.ConfigDict,
+    weights: tuple[float, ...] | None,
     state: RunState,
     batch: Any,
 ) -> tuple[RunState, StepMetrics]:
     """One step of one worker; the same function under every mapping."""
     local, local_model = workers.as_local((state.params, state.model_state), AXIS)
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     key = jax.random.fold_in(key, lax.axis_index(AXIS))
     gradient = jax.value_and_grad(task.loss, has_aux=True)
 
-    # Accumulate before the one update: every update communicates.
-    chunk = lambda x: x.reshape(micro_batches, -1, *x.shape[1:])
-    chunks = jax.tree.map(chunk, batch)
-    loss, grads, model_state = 0.0, None, local_model
-    for i in range(micro_batches):
+    # Accumulate before the one update, which communicates: gradients of equal weights,
+    # or the change of the weights, whose negative stands in the gradient's place.
+    parts = config.local_steps or config.micro_batches
+    chunks = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    scale = config.local_learning_rate if config.local_steps else 1 / parts
+    at, loss, grads, model_state = local, 0.0, None, local_model
+    for i in range(parts):
         part = jax.tree.map(lambda x, i=i: x[i], chunks)
         (value, model_state), more = gradient(
-            local, model_state, part, jax.random.fold_in(key, i)
+            at, model_state, part, jax.random.fold_in(key, i)
         )
-        loss += value / micro_batches
-        more = jax.tree.map(lambda g: g / micro_batches, more)
+        loss += value / parts
+        more = jax.tree.map(lambda g: g * scale, more)
         grads = more if grads is None else jax.tree.map(jnp.add, grads, more)
+        if config.local_steps:
+            at = jax.tree.map(jnp.subtract, local, grads)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     info = optax.tree.get(opt_state, "info")
@@ -197,6 +269,11 @@ def worker_step(
         model_state = jax.tree.map(lambda p: p[0], means, is_leaf=is_pair)
         for pair in jax.tree.leaves(means, is_leaf=is_pair):
             words += pair[1]
+    if weights is not None:  # a server comes after the workers, its loss is ignored
+        positions = lax.axis_size(AXIS)
+        share = np.zeros(positions, np.float32)
+        share[: len(weights)] = np.array(weights) * positions
+        loss *= jnp.asarray(share)[lax.axis_index(AXIS)]
     loss, more = aggregate.all_reduce(loss, AXIS, "loss")
     words += more
     new = RunState(
@@ -219,20 +296,22 @@ class Run(NamedTuple):
     batches: Callable  # step -> batch
 
 
-def device_mesh(config: ml_collections.ConfigDict) -> Mesh | None:
-    """The devices of a config's workers; None if workers are simulated."""
-    n, count = config.num_workers, jax.device_count()
+def device_mesh(config: ml_collections.ConfigDict, server: bool = False) -> Mesh | None:
+    """The devices of a config's workers and server; None if workers are simulated."""
+    n, count = config.num_workers + server, jax.device_count()
     if config.mapping == "simulated":
         return None
+    each = "one for each worker" + " and one for the server" * server
     if config.mapping == "processes" and count != n:
         raise ValueError(
-            f"config.num_workers = {n} but the {jax.process_count()} processes have "
-            f"{count} devices, one for each worker; set config.num_workers to {count}"
+            f"config.num_workers = {config.num_workers} but the {jax.process_count()} "
+            f"processes have {count} devices, {each}; set config.num_workers to "
+            f"{count - server}"
         )
     if count < n:
         raise ValueError(
-            f"config.num_workers = {n} but JAX sees {count} devices; lower it or set "
-            "config.mapping to 'simulated'"
+            f"config.num_workers = {config.num_workers} but JAX sees {count} devices, "
+            f"{each}; lower it or set config.mapping to 'simulated'"
         )
     devices = jax.devices()[:n]
     return jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
@@ -254,15 +333,20 @@ def build(config: ml_collections.ConfigDict, method: str) -> Run:
         raise ValueError(
             "config.num_workers, steps and batch_size_per_worker must be >= 1"
         )
-    if config.batch_size_per_worker % config.micro_batches:
-        raise ValueError(
-            f"config.micro_batches = {config.micro_batches} does not divide "
-            f"batch_size_per_worker = {config.batch_size_per_worker}"
-        )
-    mesh = device_mesh(config)
+    if config.local_steps and config.micro_batches > 1:
+        raise ValueError("config.local_steps goes with config.micro_batches = 1 only")
+    for name in ("micro_batches", "local_steps"):
+        if config[name] and config.batch_size_per_worker % config[name]:
+            raise ValueError(
+                f"config.{name} = {config[name]} does not divide "
+                f"batch_size_per_worker = {config.batch_size_per_worker}"
+            )
     task = build_task(config)
-    tx = optax.chain(build_aggregator(config, method), build_optimizer(config))
-    across = dict(axis_name=AXIS, num_workers=n, mesh=mesh)
+    made = build_aggregator(config, method, weights(config, task))
+    weighted, with_server = made.exchange.weights, made.exchange.server
+    mesh = device_mesh(config, with_server)
+    tx = optax.chain(made, build_optimizer(config))
+    across = dict(axis_name=AXIS, num_workers=n, mesh=mesh, check_vma=not weighted)
 
     def init(key: jax.Array) -> RunState:
         params, model_state = task.init(key)
@@ -276,18 +360,23 @@ def build(config: ml_collections.ConfigDict, method: str) -> Run:
         else None
     )
     make = workers.over_workers(init, (P(),), specs, **across)
-    step = functools.partial(worker_step, task, tx, config.micro_batches, config.seed)
+    step = functools.partial(worker_step, task, tx, config, weighted)
     step = workers.over_workers(step, (specs, P(AXIS)), (specs, P()), **across)
     place = jax.device_put
     if mesh is not None:
         place = functools.partial(cluster.place, shardings=NamedSharding(mesh, P(AXIS)))
+    batches = task.batches(config.seed, n, config.batch_size_per_worker)
+    if with_server and mesh is not None:  # its batch is anybody's
+        of_server = lambda x: np.concatenate([x, x[:1]])
+        of_workers = batches
+        batches = lambda step: jax.tree.map(of_server, of_workers(step))
     return Run(
         task,
         jax.jit(make, out_shardings=where)(key),
         specs,
         jax.jit(step, donate_argnums=0),
         place,
-        task.batches(config.seed, n, config.batch_size_per_worker),
+        batches,
     )
 
 
@@ -384,8 +473,11 @@ def _lines(path: Path, first: int) -> Any:
 
 def describe(run: Run, config, method: str, record: dict[str, Any]) -> None:
     """Adds to a record what the run consists of."""
-    made = build_aggregator(config, method)
+    p = weights(config, run.task)
+    made = build_aggregator(config, method, p)
     layout = made.layout(run.state.params)
+    if made.exchange.weights is not None:
+        record["weights"] = p.tolist()
     record["layers"] = list(layout.paths)
     record["layer_sizes"] = layout.sizes.tolist()
     record["ladder"] = list(made.exchange.levels)
@@ -403,6 +495,8 @@ class Log:
         self.totals = {"steps": 0, "payload_bits": 0, "wire_bits": 0.0, "skipped": 0}
         # Wall clock of training, without compilation and evaluation.
         self.totals |= {"seconds": 0.0, "eval_seconds": []}
+        # With a parameter server: what each worker sent it, and got from it.
+        self.totals |= {"upload_bits": [], "download_bits": 0}
         self.since: float | None = None
         names = ("step", "loss", "total_bits", "levels", "levels_step")
         for name in (*names, "eval_step", "eval_bits"):
@@ -417,6 +511,7 @@ class Log:
             "layers": self.record["layers"],
             "num_params": self.record["num_params"],
             "num_workers": self.config.num_workers,
+            "weights": self.record.get("weights"),
         }
 
     def add(self, step: int, metrics: StepMetrics) -> None:
@@ -442,6 +537,9 @@ class Log:
             totals["wire_bits"] += results.wire_bits(
                 metrics.words, self.config.num_workers
             )
+            uploads = 32 * np.atleast_1d(metrics.words.uploaded)
+            totals["upload_bits"] = (uploads + (totals["upload_bits"] or 0)).tolist()
+            totals["download_bits"] += 32 * int(metrics.words.downloaded)
             levels = [-1] * len(metrics.levels) if metrics.dense else metrics.levels
             levels = [int(v) for v in levels]
             if not series["levels"] or series["levels"][-1] != levels:
@@ -465,6 +563,8 @@ class Log:
         series = self.record["series"]
         series["eval_step"].append(self.totals["steps"])
         series["eval_bits"].append(self.totals["wire_bits"])
+        if any(self.totals["upload_bits"]):  # of each worker so far
+            series.setdefault("uploaded", []).append(self.totals["upload_bits"])
         self.totals["eval_seconds"].append(round(self.totals["seconds"], 3))
         for name, value in metrics.items():
             series.setdefault(f"eval_{name}", []).append(value)
@@ -494,3 +594,7 @@ class Log:
             "compression_ratio": ratio(dense),
             "compression_ratio_bf16": ratio(dense / 2),
         }
+        if totals["download_bits"] or any(totals["upload_bits"]):
+            self.record["final"] |= {
+                name: totals[name] for name in ("upload_bits", "download_bits")
+            }

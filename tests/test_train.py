@@ -223,7 +223,7 @@ def test_a_missing_data_set_says_what_to_put_where(config, tmp_path, monkeypatch
     assert "\n" not in str(caught.value)
 
 
-def test_model_state_is_averaged_and_counted():
+def test_model_state_is_averaged_and_counted(config):
     """Batch statistics of all workers are shared; their words are counted."""
     from gcjax import exchange, tasks
     from gcjax.compressors import quantize
@@ -241,7 +241,7 @@ def test_model_state_is_averaged_and_counted():
     )
     x = jax.random.normal(jax.random.key(0), (4, 5, 3))
     step = jax.vmap(
-        lambda b: train.worker_step(task, tx, 1, 0, state, b),
+        lambda b: train.worker_step(task, tx, config, None, state, b),
         axis_name="workers",
         out_axes=(None, None),
     )
