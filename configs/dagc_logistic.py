@@ -29,8 +29,8 @@ SEEDS = (0, 1, 2)
 # follow the run, Accordion between the least and the largest ratio of DAGC-R.
 MORE = (
     *(f"power_rule(0.001, {e})" for e in (-0.5, 0.3333, 1.0, 1.5, 2.0)),
-    "accordion(0.000518, 0.00152)",
-    "accordion(0.000518, 0.00152, mean_ratio=0.001, rounds=5000)",
+    "accordion(0.000395, 0.00162)",
+    "accordion(0.000395, 0.00162, mean_ratio=0.001, rounds=5000)",
     "resolved(0.001, criterion='psi')",
     "resolved(0.001, criterion='omega')",
 )
