@@ -14,6 +14,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.experiment = "base"
     # A call of a factory in gcjax.tasks; data_dir is added.
     config.task = "image_classification('digits', 'small_cnn')"
+    # A call of a function in gcjax.splits: which samples each worker has; "" for all.
+    config.split = ""
     # Where data sets lie; "" for $GCJAX_DATA or the cache.
     config.data_dir = ""
     # A call of gcjax.compressed_mean, gcjax.power_sgd or gcjax.parameter_server (then

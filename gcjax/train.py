@@ -193,8 +193,10 @@ def build_aggregator(
 
 def build_task(config: ml_collections.ConfigDict) -> tasks.Task:
     """The task of a config, with its data loaded."""
-    names = _TASKS | _SPLITS
-    return call(config.task, names, "task", data_dir=config.data_dir or None)
+    split = call(config.split, _SPLITS, "split") if config.split else None
+    given = dict(data_dir=config.data_dir or None, split=split)
+    names = {name: functools.partial(make, **given) for name, make in _TASKS.items()}
+    return call(config.task, names, "task")
 
 
 def build_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:

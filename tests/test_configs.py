@@ -17,13 +17,13 @@ each_config = pytest.mark.parametrize("name", MODULES)
 
 
 def adaptive_runs():
-    """A quick run of L-GreCo for each distinct aggregator of all sweeps."""
+    """A quick run of L-GreCo, or an allocation, for each distinct aggregator."""
     found = {}
     for module in MODULES.values():
         if not hasattr(module, "sweep"):
             continue
         for config, method in report.sweep_runs(module.get_config("quick"), module):
-            if method.startswith("lgreco("):
+            if method.startswith(("lgreco(", "dagc_r(")):
                 found.setdefault(config.aggregator, (config, method))
     return [
         pytest.param(*run, id=f"{run[0].experiment} {results.label(*run)}")
@@ -49,8 +49,10 @@ def test_sweep_parses(name):
     module = MODULES[name]
     runs = report.sweep_runs(module.get_config(), module)
     for config, method in runs:
-        made = train.build_aggregator(config, method)
-        assert made.exchange.name == "identity" or method != "dense"
+        p = np.full(config.num_workers, 1 / config.num_workers)
+        made = train.build_aggregator(config, method, p)
+        names = ("identity", "parameter_server ratios")
+        assert made.exchange.name in names or method != "dense"
         train.build_optimizer(config)
     # Two runs with one name would overwrite each other's records.
     assert len({results.file_name(*run) for run in runs}) == len(runs)
@@ -68,7 +70,8 @@ def fast_compilation():
 @jax.numpy_dtype_promotion("standard")  # optax's schedules mix types
 def test_quick_variant_takes_a_step(config, method):
     # Few lengths of the message buffer: most of the time is compilation.
-    config.aggregator = config.aggregator.removesuffix(")") + ", spacing=1.5)"
+    if not config.aggregator.startswith("parameter_server("):
+        config.aggregator = config.aggregator.removesuffix(")") + ", spacing=1.5)"
     config.warmup_steps = 0
     run = train.build(config, method)
     before = jax.device_get(run.state.params)
