@@ -257,11 +257,12 @@ pairs are inconclusive; with more, the verdict tells on what all pairs agree."""
 
 
 def _experiments(runs_dir: Path) -> Iterable[tuple[str, list[Record]]]:
+    """Experiments that a table of levels fits, and their records."""
     for folder in sorted(p for p in runs_dir.glob("*") if p.is_dir()):
         if folder.name.startswith("bench_"):  # of other scripts
             continue
         records = [results.read(path) for path in sorted(folder.glob("*.json"))]
-        if records:
+        if records and "weights" not in records[0]:  # those are for gcjax.study
             yield folder.name, records
 
 

@@ -35,6 +35,7 @@ from gcjax import (
 from gcjax.allocation import Allocation
 from gcjax.base import Aggregator, Words
 from gcjax.compressors import quantize, sparsify
+from gcjax.network import rounds
 from gcjax.selectors import layers
 from gcjax.selectors import workers as rules
 
@@ -128,11 +129,33 @@ def call(text: str, names: dict[str, Callable], field: str, **extra: Any) -> Any
         ) from None
 
 
+def ratio_rules(p: np.ndarray) -> dict[str, Callable[..., jax.Array]]:
+    """Rules for fixed ratios [n], bound to the weights p [n]; see `allocations`.
+
+    `bcrs(0.001, "with")` gives the faster links of `network.rounds.uneven` to the
+    workers of larger weight, "against" to those of smaller, "across" to any.
+    """
+    return {
+        "uniform": lambda ratio: rules.power_rule(p, ratio, 0.0),
+        "dagc_r": functools.partial(rules.dagc_r, p),
+        "power_rule": functools.partial(rules.power_rule, p),
+        "bcrs": functools.partial(_bcrs, p),
+    }
+
+
+def _bcrs(p: np.ndarray, ratio: float, order: str, bits: float) -> jax.Array:
+    links = rounds.uneven(p, order)
+    speeds = links.upload_bits_per_s / links.overhead
+    return rules.bcrs(speeds, links.latency_s, bits, ratio)
+
+
 def allocations(p: np.ndarray) -> dict[str, Callable[..., Allocation]]:
     """What methods of a parameter server may name: rules bound to the weights p [n].
 
     Ratios: `uniform(0.01)`, `dagc_r(0.01, criterion="psi")`, `power_rule(0.01, 2)`; the
-    largest of all entries, or with `per_layer=True` of each layer. Thresholds:
+    largest of all entries, or with `per_layer=True` of each layer; `bcrs(0.001,
+    "against", 377e3)`, of workers that would upload as many bits of all entries; see
+    `ratio_rules`. Thresholds:
     `hard(0.05)`, `dagc_a(0.05)`. `steered`, `resolved(0.01, criterion="psi")`,
     `accordion(0.001, 0.01)` and `pairs(lgreco(default=0.01))`.
     """
@@ -140,7 +163,7 @@ def allocations(p: np.ndarray) -> dict[str, Callable[..., Allocation]]:
 
     def fixed(rule: Callable) -> Callable:
         return lambda *args, per_layer=False, **options: allocation.ratios(
-            rule(p, *args, **options), per_layer=per_layer
+            rule(*args, **options), per_layer=per_layer
         )
 
     def resolved(ratio: float, every: int = 50, **options: Any) -> Allocation:
@@ -152,9 +175,7 @@ def allocations(p: np.ndarray) -> dict[str, Callable[..., Allocation]]:
         return allocation.switched(rule, count, relative=relative)
 
     return {
-        "uniform": fixed(lambda p, ratio: rules.power_rule(p, ratio, 0.0)),
-        "dagc_r": fixed(rules.dagc_r),
-        "power_rule": fixed(rules.power_rule),
+        **{name: fixed(rule) for name, rule in ratio_rules(p).items()},
         "hard": lambda value: allocation.thresholds(np.where(p > 0, value, np.inf)),
         "dagc_a": lambda value: allocation.thresholds(rules.dagc_a(p, value)),
         "steered": functools.partial(allocation.steered, p),

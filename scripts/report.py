@@ -14,15 +14,15 @@ import bench_codecs  # noqa: E402
 import bench_network  # noqa: E402
 import bench_time_to_accuracy  # noqa: E402
 
-from gcjax import command, report  # noqa: E402
+from gcjax import command, report, study  # noqa: E402
 
 
 def main() -> None:
     """Writes tables and figures for every experiment that has records."""
     runs, out = Path(flags.FLAGS.runs), Path(flags.FLAGS.out)
     written = report.tables(runs, out) + report.figures(runs, out)
-    for bench in (bench_codecs, bench_network, bench_time_to_accuracy):
-        written += bench.write_report(runs, out)
+    for other in (study, bench_codecs, bench_network, bench_time_to_accuracy):
+        written += other.write_report(runs, out)
     for path in written:
         print(path)
 

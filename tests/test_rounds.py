@@ -107,3 +107,17 @@ def test_errors(make, text):
     with pytest.raises(ValueError, match=text) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_uneven_links_go_with_or_against_the_weights():
+    weights = np.array([0.1, 0.6, 0.3])
+    up = {order: rounds.uneven(weights, order) for order in ("with", "against")}
+    speeds = {order: links.upload_bits_per_s for order, links in up.items()}
+    assert speeds["with"].argsort().tolist() == [0, 2, 1]
+    assert speeds["against"].argsort().tolist() == [1, 2, 0]
+    across = rounds.uneven(weights, "across").upload_bits_per_s
+    for speed in (*speeds.values(), across):
+        assert speed.mean() == pytest.approx(8.4e6)
+        np.testing.assert_allclose(np.sort(speed), np.sort(across))
+    with pytest.raises(ValueError, match="order must be"):
+        rounds.uneven(weights, "sideways")

@@ -4,6 +4,7 @@ A round is computing, then every worker's upload over its own link, then the dow
 it ends with the slowest worker. Links are constant or follow a trace of bandwidths.
 """
 
+import statistics
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +64,45 @@ def constant(
         raise ValueError(f"links: latencies must be seconds >= 0, got {latency_s}")
     one = np.ones((upload.size, 1))
     return Links(upload, download, latency, overhead, np.array([0.0, 1.0]), one)
+
+
+def uneven(
+    weights: Any,
+    order: str,
+    *,
+    mean_bits_per_s: float = 8.4e6,
+    spread: float = 1.0,
+    latency_s: float = 0.02,
+) -> Links:
+    """Constant links whose bandwidths follow a log-normal law, dealt out to workers.
+
+    Args:
+      weights: Of each worker, [n].
+      order: "with": the larger the weight, the faster the link; "against": the slower;
+        "across": in a random order, always the same.
+      mean_bits_per_s: Mean bandwidth, the same up and down.
+      spread: Standard deviation of the logarithm of a bandwidth, >= 0; the n quantiles
+        (i + 1/2) / n stand for draws.
+      latency_s: Of one message.
+
+    Raises:
+      ValueError: for an unknown order, or numbers out of range.
+    """
+    if order not in ("with", "against", "across"):
+        raise ValueError(
+            f"uneven: order must be 'with', 'against' or 'across', got {order!r}"
+        )
+    weights = np.asarray(weights, np.float64)
+    n = len(weights)
+    normal = statistics.NormalDist()
+    speed = np.exp([spread * normal.inv_cdf((i + 0.5) / n) for i in range(n)])
+    speed *= mean_bits_per_s / speed.mean()  # ascending
+    rank = np.argsort(np.argsort(weights, kind="stable"))
+    if order == "against":
+        rank = n - 1 - rank
+    if order == "across":
+        rank = np.random.default_rng(0).permutation(n)
+    return constant(speed[rank], latency_s)
 
 
 def varying(links: Links, edges_s: Any, speed: Any) -> Links:

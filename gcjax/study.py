@@ -1,0 +1,331 @@
+"""What allocations to a parameter server do: iterations and seconds to a target.
+
+Tables and figures of experiments whose records have weights, from the records alone.
+"""
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+
+from gcjax import report, results, train
+from gcjax.network import rounds
+from gcjax.selectors import workers as rules
+
+Record = dict[str, Any]
+Group = dict[str, list[Record]]  # method -> its records, by seed
+SHARE_OF_UNIFORM = 0.98  # of its final accuracy, that is the target
+_MEDIAN_OF = 5  # evaluations, for the running median
+ORDERS = ("with", "across", "against")  # of links and weights
+COMPUTE_S = 0.01  # of a round
+
+
+# --- One run. -------------------------------------------------------------------------
+
+
+def iterations(record: Record, target: float) -> int | None:
+    """First step whose running median of the accuracy reaches a target; None: never."""
+    at = _first(record, target)
+    return None if at is None else record["series"]["eval_step"][at]
+
+
+def seconds(record: Record, target: float, order: str) -> float | None:
+    """Modelled seconds until then over uneven links, downloads and computing counted.
+
+    Uploads between two evaluations are taken as equal: exact where ratios are fixed.
+    """
+    at = _first(record, target)
+    if at is None:
+        return None
+    links = rounds.uneven(record["weights"], order)
+    steps = np.diff([0, *record["series"]["eval_step"][: at + 1]])
+    sent = np.array(record["series"]["uploaded"][: at + 1], float)
+    each = np.diff(sent, axis=0, prepend=0) / steps[:, None]
+    down = record["final"]["download_bits"] / record["final"]["steps"]
+    return sum(
+        count * rounds.round_seconds(links, bits, down, COMPUTE_S)
+        for count, bits in zip(steps.tolist(), each, strict=True)
+    )
+
+
+def _first(record: Record, target: float) -> int | None:
+    accuracy = np.array(record["series"]["eval_accuracy"])
+    for end in range(_MEDIAN_OF, len(accuracy) + 1):
+        if np.median(accuracy[end - _MEDIAN_OF : end]) >= target:
+            return end - 1
+    return None
+
+
+def final(record: Record) -> float:
+    """Accuracy at the end: the running median there."""
+    return float(np.median(record["series"]["eval_accuracy"][-_MEDIAN_OF:]))
+
+
+def upload_bits(record: Record) -> float:
+    """Bits uploaded per worker and round, of all workers together."""
+    return sum(record["final"]["upload_bits"]) / (
+        record["final"]["steps"] * len(record["weights"])
+    )
+
+
+# --- Runs that belong together. -------------------------------------------------------
+
+
+def groups(records: Iterable[Record]) -> dict[str, Group]:
+    """Splits of the data, in the order of their names -> methods -> records by seed."""
+    found: dict[str, Group] = defaultdict(lambda: defaultdict(list))
+    for record in sorted(records, key=lambda r: r["seed"]):
+        if record["status"] == "done":
+            name = " ".join([record["config"]["split"], _options(record)]).strip()
+            found[name][record["method"]].append(record)
+    natural = lambda text: [
+        int(x) if x.isdigit() else x for x in re.split(r"(\d+)", text)
+    ]
+    return {name: found[name] for name in sorted(found, key=natural)}
+
+
+def _options(record: Record) -> str:
+    text = record["config"]["aggregator"].removeprefix("parameter_server(")
+    return text.removesuffix(")")
+
+
+def target_of(group: Group, mean_ratio: float) -> float | None:
+    """Share of the mean final accuracy of uniform top-k at a mean ratio."""
+    runs = group.get(f"uniform({mean_ratio})")
+    return SHARE_OF_UNIFORM * statistics.fmean(map(final, runs)) if runs else None
+
+
+def paired(
+    runs: list[Record], others: list[Record], value: Callable
+) -> tuple[float, float] | None:
+    """Mean difference at one seed, and its standard error; None below two pairs."""
+    by_seed = {r["seed"]: r for r in others}
+    pairs = [(r, by_seed[r["seed"]]) for r in runs if r["seed"] in by_seed]
+    values = [(value(a), value(b)) for a, b in pairs]
+    gaps = [a - b for a, b in values if a is not None and b is not None]
+    if len(gaps) < 2 or len(gaps) < len(values):
+        return None
+    return statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
+
+
+def verdict(gap: tuple[float, float] | None, scale: float = 1, unit: str = "") -> str:
+    """A difference, or "tie" where it is within two standard errors."""
+    if gap is None:
+        return "-"
+    mean, error = gap
+    text = f"{scale * mean:+.2f} ± {scale * error:.2f}{unit}"
+    return f"{text} (tie)" if abs(mean) <= 2 * error else text
+
+
+def _or_more(values: list[float | None], steps: int, form: str = "{:,.0f}") -> str:
+    """A mean, or that so many runs never got there."""
+    if None in values:
+        missing = sum(v is None for v in values)
+        return f"> {steps:,} ({missing} of {len(values)})"
+    text = form.format(statistics.fmean(values))
+    if len(values) > 1:
+        text += f" ± {form.format(statistics.stdev(values))}"
+    return text
+
+
+# --- Tables. --------------------------------------------------------------------------
+
+
+def table(
+    experiment: str, records: list[Record], mean_ratio: float, paper: dict
+) -> str:
+    """The report of an experiment, in Markdown.
+
+    Args:
+      experiment: Its name.
+      records: Of all its runs.
+      mean_ratio: Whose uniform runs set the target.
+      paper: (split, method) -> accuracy in % that was published.
+    """
+    lines = [
+        f"<!-- Generated by `python scripts/report.py` from {len(records)} records in "
+        f"results/runs/{experiment}; do not edit. -->",
+        f"# {experiment}",
+        _setting(records[0], mean_ratio),
+    ]
+    for name, group in groups(records).items():
+        target = target_of(group, mean_ratio)
+        lines += [f"## {name}", _results(name, group, target, mean_ratio, paper)]
+        if target is not None:
+            lines += ["Modelled seconds to the target, by links:"]
+            lines += [_seconds(group, target)]
+            found = correlations(group, target, mean_ratio)
+            if found:
+                lines += [_correlations(*found)]
+    return "\n\n".join(lines) + "\n"
+
+
+def _setting(record: Record, mean_ratio: float) -> str:
+    config = record["config"]
+    return (
+        f"`{config['task']}`; {config['num_workers']} workers x "
+        f"{config['batch_size_per_worker']} samples; {config['steps']:,} steps, "
+        f"learning rate {config['learning_rate']}, constant; {record['num_params']:,} weights. "
+        f"Target: {SHARE_OF_UNIFORM:.0%} of the mean final accuracy of "
+        f"`uniform({mean_ratio})` of the same split; accuracies are medians of "
+        f"{_MEDIAN_OF} evaluations, one every {config['eval_every']} steps. ± is the "
+        "standard deviation over seeds, in differences at the same seed the standard "
+        "error; differences within two of them are ties. Uploads are mean bits per "
+        "worker and round, places, padding and flags included; the largest worker's "
+        "beside. Links: log-normal bandwidths of mean 8.4 Mbit/s and spread 1, latency "
+        f"20 ms, computing {1e3 * COMPUTE_S:.0f} ms a round; dealt out with, across or "
+        "against the workers' weights."
+    )
+
+
+def _results(name: str, group: Group, target, mean_ratio: float, paper: dict) -> str:
+    uniform = group.get(f"uniform({mean_ratio})", [])
+    rows = [
+        ["method", "accuracy, %", "published", "less uniform's, points", "upload, bits"]
+        + ["largest", "steps to target", "saved, %"]
+    ]
+    for method, runs in group.items():
+        accuracy = [100 * final(r) for r in runs]
+        spread = f" ± {statistics.stdev(accuracy):.2f}" if len(runs) > 1 else ""
+        upload = statistics.fmean(map(upload_bits, runs))
+        largest = statistics.fmean(
+            max(r["final"]["upload_bits"]) / r["final"]["steps"] for r in runs
+        )
+        published = paper.get((name, method))
+        row = [
+            f"`{method}`" + f" (seeds: {len(runs)})" * (len(runs) != 3),
+            f"{statistics.fmean(accuracy):.2f}{spread}",
+            "" if published is None else f"{published:.2f}",
+            verdict(paired(runs, uniform, final), 100),
+            f"{upload:,.0f}",
+            f"{largest:,.0f}",
+        ]
+        if target is None:
+            rows.append([*row, "-", "-"])
+            continue
+        count = lambda r: iterations(r, target)
+        need = [count(r) for r in runs]
+        base = [n for n in map(count, uniform) if n is not None]
+        gap = paired(uniform, runs, count)
+        scale = 100 / statistics.fmean(base) if base else 1
+        steps = runs[0]["config"]["steps"]
+        rows.append([*row, _or_more(need, steps), verdict(gap, scale)])
+    return _markdown(rows)
+
+
+def _seconds(group: Group, target: float) -> str:
+    rows = [["method", *(f"links {order} weights" for order in ORDERS)]]
+    for method, runs in group.items():
+        cells = []
+        for order in ORDERS:
+            made_for = re.search(r"'(with|across|against)'", method)
+            if made_for and made_for.group(1) != order:
+                cells.append("")  # its ratios are for other links
+                continue
+            values = [seconds(r, target, order) for r in runs]
+            cells.append(_or_more(values, runs[0]["config"]["steps"]))
+        rows.append([f"`{method}`", *cells])
+    return _markdown(rows)
+
+
+def correlations(group: Group, target: float, mean_ratio: float):
+    """How criteria rank allocations of one mean ratio, against their iterations.
+
+    Returns:
+      {criterion: Spearman's rank correlation}, and the number of allocations; None
+      below four allocations that reach the target.
+    """
+    points = []
+    for method, runs in group.items():
+        if not re.match(rf"(uniform|dagc_r|power_rule)\({mean_ratio}\b", method):
+            continue
+        need = [iterations(r, target) for r in runs]
+        p = np.array(runs[0]["weights"])
+        granted = np.asarray(train.call(method, train.ratio_rules(p), "method"))
+        values = [float(f(p, granted)) for f in (rules.phi, rules.psi, rules.omega)]
+        # What never gets there is worst of all.
+        worst = runs[0]["config"]["steps"] * 1.01
+        points.append(
+            (statistics.fmean(worst if n is None else n for n in need), values)
+        )
+    if len(points) < 4:
+        return None
+    need, values = [n for n, _ in points], np.array([v for _, v in points])
+    rank = lambda v: float(scipy.stats.spearmanr(v, need).statistic)
+    names = ("phi", "psi", "omega")
+    return {n: rank(v) for n, v in zip(names, values.T, strict=True)}, len(points)
+
+
+def _correlations(found: dict[str, float], count: int) -> str:
+    text = ", ".join(f"{name} {value:+.2f}" for name, value in found.items())
+    return (
+        f"Rank correlation (Spearman) of criteria with mean steps to the target, over "
+        f"{count} allocations of the same mean ratio: {text}."
+    )
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+# --- Figures. -------------------------------------------------------------------------
+
+
+def figure(records: list[Record], mean_ratio: float) -> Figure:
+    """Accuracy against steps and against bits sent, a panel pair for each split."""
+    found = groups(records)
+    drawing = Figure(figsize=(11, 3.2 * len(found)), layout="constrained")
+    axes = drawing.subplots(len(found), 2, squeeze=False)
+    for row, (name, group) in zip(axes, found.items(), strict=True):
+        for method, runs in group.items():
+            if method != "dense" and f"({mean_ratio}" not in method:
+                continue
+            curves = np.array([r["series"]["eval_accuracy"] for r in runs])
+            steps = runs[0]["series"]["eval_step"]
+            line = row[0].plot(steps, 100 * curves.mean(0), lw=1, label=method)
+            color = line[0].get_color()
+            mean, spread = 100 * curves.mean(0), 100 * curves.std(0)
+            row[0].fill_between(
+                steps, mean - spread, mean + spread, color=color, alpha=0.15
+            )
+            sent = np.array([np.sum(r["series"]["uploaded"], axis=1) for r in runs])
+            row[1].plot(sent.mean(0) / 8e6, mean, lw=1, color=color)
+        top = max(c[-1] for c in (line.get_ydata() for line in row[0].lines))
+        row[0].set(title=name, xlabel="step", ylabel="test accuracy, %")
+        row[0].set_ylim(top - 15, top + 1)
+        row[1].set(xlabel="uploaded by all, MB", xscale="log", ylim=(top - 15, top + 1))
+    axes[0, 0].legend(fontsize=6)
+    return drawing
+
+
+def write_report(runs_dir: Path, out: Path) -> list[Path]:
+    """Writes table and figure of every experiment whose records have weights.
+
+    Its config file says which mean ratio sets the target, `TARGET_RATIO`, and what was
+    published, `PAPER`: {(split, method): accuracy in %}.
+    """
+    written = []
+    for folder in sorted(p for p in runs_dir.glob("*") if p.is_dir()):
+        paths = sorted(folder.glob("*.json"))
+        if folder.name.startswith("bench_") or not paths:
+            continue
+        records = [results.read(path) for path in paths]
+        if "weights" not in records[0]:
+            continue
+        module = report.load_config_file(report.CONFIGS / f"{folder.name}.py")
+        text = table(folder.name, records, module.TARGET_RATIO, module.PAPER)
+        paths = [out / f"tables/{folder.name}.md", out / f"figures/{folder.name}.png"]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        paths[0].write_bytes(text.encode())
+        figure(records, module.TARGET_RATIO).savefig(paths[1], dpi=90)
+        written += paths
+    return written
