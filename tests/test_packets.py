@@ -58,9 +58,8 @@ def encode(*arguments, x, state=None, levels=(0, 0), **options):
 
 
 @pytest.mark.parametrize("model", packets_module.MODELS)
-@pytest.mark.parametrize("power", [1.0, 2.0, 8.0])
-def test_widths_against_exhaustive_search(model, power):
-    for packets, size in ((1, 64), (2, 200), (3, 96)):
+def test_widths_against_exhaustive_search(model):
+    for packets, size, power in ((2, 200, 1.0), (3, 128, 2.0), (3, 128, 8.0)):
         x = heavy(packets, power)
         _, _, state = encode(packets, size, model=model, x=x)
         loss = losses(x, size, model)
@@ -70,7 +69,7 @@ def test_widths_against_exhaustive_search(model, power):
 
 
 def test_heavy_tails_want_wider_codes_for_larger_values():
-    _, _, state = encode(4, 256, x=heavy(0, 1.0))
+    _, _, state = encode(3, 128, x=heavy(0, 1.0))
     widths = np.asarray(state.widths)
     assert widths[0] > widths[-1] and len(set(widths)) > 1
 
@@ -82,19 +81,19 @@ def read_bits(message, start, width):
     )
 
 
-@pytest.mark.parametrize("bits", [None, 2, 6, 16, 32])
+@pytest.mark.parametrize("bits", [None, 2, 10, 32])
 def test_a_message_is_what_its_documentation_says(bits):
-    compressor, x = fed_cvlc(2, 200, bits=bits), heavy(3)
-    units, x_hat, state = encode(2, 200, bits=bits, x=x)
+    compressor, x = fed_cvlc(3, 128, bits=bits), heavy(3)
+    units, x_hat, state = encode(3, 128, bits=bits, x=x)
     words = compressor.words(LAYOUT)
-    assert words.shape == (2, 1) and words.sum() == 2 * 200 / 4
-    message, shared = compressor.pack(LAYOUT, units, jnp.zeros(2, jnp.int32), 100)
-    found, message = np.zeros(LAYOUT.size), np.asarray(message).reshape(2, 50)
+    assert words.shape == (2, 1) and words.sum() == 3 * 128 / 4
+    message, shared = compressor.pack(LAYOUT, units, jnp.zeros(2, jnp.int32), 96)
+    found, message = np.zeros(LAYOUT.size), np.asarray(message).reshape(3, 32)
     places = []
     for i, packet in enumerate(message):
         count, width = int(packet[0] & 0xFFFFFF), int(packet[0] >> 24)
         assert width == (bits or int(state.widths[i]))
-        assert count == (1600 - 64) // (width + 11)
+        assert count == (1024 - 64) // (width + 11)
         scale = packet[1:2].view(np.float32)[0]
         for j in range(count):
             place = read_bits(packet, 64 + 11 * j, 11)
@@ -113,7 +112,7 @@ def test_a_message_is_what_its_documentation_says(bits):
     np.testing.assert_array_equal(np.abs(x)[np.array(places)], largest)
 
 
-@pytest.mark.parametrize("bits", [None, 2, 3, 8, 32])
+@pytest.mark.parametrize("bits", [None, 2, 10, 32])
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
 def test_contraction_and_conservation(bits, scale):
     x = heavy(4, 1.5) * jnp.float32(scale)
@@ -123,8 +122,8 @@ def test_contraction_and_conservation(bits, scale):
     # Every entry moves towards its value or stays unsent.
     assert (np.abs(x - x_hat) <= np.abs(x) * (1 + 1e-6)).all()
     assert scale == 0 or np.sum((x - x_hat) ** 2) < 0.9999 * np.sum(x**2)
-    lost = compressor.errors(LAYOUT, jnp.asarray(x, jnp.float32))
     if scale == 1:
+        lost = compressor.errors(LAYOUT, jnp.asarray(x, jnp.float32))
         parts = [(x - x_hat)[: 40 * 33 + 24], (x - x_hat)[40 * 33 + 24 :]]
         np.testing.assert_allclose(lost[:, 0], [np.sum(p**2) for p in parts], rtol=1e-4)
 
@@ -134,7 +133,7 @@ def test_beats_every_fixed_width_at_equal_packets():
     for seed in range(4):
         x = heavy(seed, 1.5)
         widths = (None, 6, 8, 10, 12, 32)
-        made = [encode(6, 256, bits=bits, x=x)[1] for bits in widths]
+        made = [encode(3, 128, bits=bits, x=x)[1] for bits in widths]
         chosen, *fixed = [float(jnp.sum((x_hat - x) ** 2)) for x_hat in made]
         assert chosen < min(fixed)
 
@@ -143,13 +142,13 @@ def test_solves_again_every_r_rounds():
     flat, steep, state = jnp.sign(heavy(0)), heavy(1, 1.0) ** 3, None
     seen = []
     for x in (flat, steep, steep, steep, flat):
-        _, _, state = encode(2, 256, 3, x=x, state=state)
+        _, _, state = encode(3, 128, 3, x=x, state=state)
         seen.append(tuple(np.asarray(state.widths)))
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4]
 
 
 def test_a_layer_that_is_not_sent_stays():
-    _, x_hat, _ = encode(2, 256, x=heavy(0), levels=[-1, 0])
+    _, x_hat, _ = encode(3, 128, x=heavy(0), levels=[-1, 0])
     assert not np.any(x_hat[: 40 * 33]) and np.any(x_hat[40 * 33 + 24 :])
 
 

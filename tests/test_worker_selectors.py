@@ -117,9 +117,11 @@ def test_phi_exact_vectors():
 @pytest.mark.parametrize("n, value", [(5, 1.17), (200, 2.94)])
 def test_theorem_4_is_worse_than_uniform_on_arithmetic_series(n, value):
     p = arithmetic(n, 100)
+    p = np.append(p, np.zeros(200 - n))  # the others do not count
     paper = workers.phi(p, dagc_r(p, 0.01)) * 0.01
     np.testing.assert_allclose(paper, value, atol=6e-3)
-    np.testing.assert_allclose(dagc_r(p, 0.01, criterion="phi_exact"), 0.01, rtol=1e-6)
+    exact = dagc_r(p, 0.01, criterion="phi_exact")
+    np.testing.assert_allclose(exact[:n], 0.01, rtol=1e-6)
 
 
 def test_psi_vectors():
@@ -160,8 +162,8 @@ def test_paper_equals_the_literal_reading(seed, n):
     ratios = np.asarray(dagc_r(p, 0.001), np.float64)
     candidates = algorithm_2(p / p.sum(), 0.001)
     least = min(value for value, _ in candidates)
-    # Candidates whose phi agree to float32 are equally good.
-    near = [d for value, d in candidates if value <= least * (1 + 1e-6)]
+    # Two phi in float32, of ten roundings each, may differ by 2e-6 and yet be equal.
+    near = [d for value, d in candidates if value <= least * (1 + 2e-6)]
     assert any(np.allclose(ratios, d, rtol=1e-5, atol=0) for d in near)
     np.testing.assert_allclose(ratios.sum(), n * 0.001, rtol=1e-6)
 
@@ -238,8 +240,8 @@ PLAIN = {"phi_exact": plain_phi, "psi": plain_psi, "omega": plain_omega}
 @pytest.mark.parametrize("capped", [False, True])
 def test_exact_criteria_against_brute_force(criterion, capped):
     score, rng = PLAIN[criterion], np.random.default_rng(0)
-    for seed in range(9):
-        n = 2 + seed % 3
+    for seed in range(8):
+        n = 2 + 2 * (seed % 2)
         p, mean = random_p(seed, n), 0.2
         caps = rng.uniform(0.15, 1, n) if capped else np.ones(n)
         if caps.mean() < mean * 1.05:
@@ -309,7 +311,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("n", [1, 2, 10, 1000])
+@pytest.mark.parametrize("n", [1, 2, 1000])
 def test_sums_order_and_caps(rule, n):
     rule = jax.jit(rule)
     for seed, (mean, cap) in enumerate([(0.001, 1.0), (0.3, 0.35), (0.9, 1.0)]):
@@ -378,6 +380,11 @@ def test_jit_vmap_and_loop_agree(rule):
     np.testing.assert_allclose(jax.jit(jax.vmap(rule))(ps, means), loop, rtol=1e-5)
 
 
+@functools.cache
+def jitted(criterion):
+    return jax.jit(functools.partial(dagc_r, criterion=criterion))
+
+
 BAD = [
     (dict(p=[0.5, -0.5]), "p must be finite, not negative"),
     (dict(p=[0.5, np.nan]), "p must be finite, not negative"),
@@ -402,7 +409,7 @@ def test_bad_values(changes, text, criterion):
         rule(**arguments)
     assert "\n" not in str(error.value)
     traced = {k: jnp.asarray(v, jnp.float32) for k, v in arguments.items()}
-    assert np.isnan(jax.jit(rule)(**traced)).all()
+    assert np.isnan(jitted(criterion)(**traced)).all()
 
 
 @pytest.mark.parametrize(
@@ -477,6 +484,8 @@ def test_largest_remainder_by_hand():
     np.testing.assert_array_equal(k(jnp.float32([0.25, 0.25, 0.5]), 6), [2, 1, 3])
     np.testing.assert_array_equal(k(jnp.float32([0.0, 1.0, 0.0]), 7), [0, 7, 0])
     np.testing.assert_array_equal(k(jnp.float32([1e-3] * 10), 235_690).sum(), 2357)
+    tiny = k(jnp.float32([1e-30, 1e-37, 0.3]), 10)
+    np.testing.assert_array_equal(tiny, [0, 0, 3])
     ratios = dagc_r(FLICKR, 0.001)
     assert largest_remainder(ratios, 235_690).sum() == round(15 * 0.001 * 235_690)
     ratios = np.float32([1, 0.5, 0])
@@ -595,9 +604,14 @@ def test_fit_iterations():
 # --- Over time. -----------------------------------------------------------------------
 
 
+@functools.cache
+def accordion_update(made):
+    return jax.jit(made.update)
+
+
 def run_accordion(made, norms):
     state, out = made.init(len(norms[0])), []
-    update = jax.jit(made.update)
+    update = accordion_update(made)
     for row in norms:
         values, state = update(np.float32(row), state)
         out.append(np.asarray(values))
@@ -614,13 +628,17 @@ def test_accordion_by_hand():
     np.testing.assert_allclose(got[:2], [[0.005, 0.005], [0.5, 0.005]])
 
 
+MATCHED = {
+    rounds: accordion(0.004, 0.05, mean_ratio=0.01, rounds=rounds) for rounds in (1, 30)
+}
+
+
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([1, 2, 30]))
+@given(st.integers(0, 10_000), st.sampled_from([1, 30]))
 def test_matched_accordion_keeps_its_budget(seed, rounds):
     rng = np.random.default_rng(seed)
     norms = rng.lognormal(0, rng.uniform(0, 2), (rounds, 3))
-    made = accordion(0.004, 0.05, mean_ratio=0.01, rounds=rounds)
-    got = run_accordion(made, norms)
+    got = run_accordion(MATCHED[rounds], norms)
     np.testing.assert_allclose(got.mean(0, dtype=np.float64), 0.01, rtol=1e-4)
     assert got.min() >= 0.004 * (1 - 1e-6) and got.max() <= 0.05 * (1 + 1e-6)
 

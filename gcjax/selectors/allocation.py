@@ -62,9 +62,14 @@ def pose(p: Any, mean_ratio: Any, zeta: Any, max_ratio: Any) -> Problem:
         ]
 
     valid = check(conditions, p, zeta, caps, mean)
+    return _normalised(valid, p, zeta, caps, mean)
+
+
+@jax.jit
+def _normalised(valid, p, zeta, caps, mean) -> Problem:
     # Stand-ins for what is not valid, so that all that follows is well defined.
-    p, zeta, caps = (jnp.where(valid, jnp.asarray(x), 1) for x in (p, zeta, caps))
-    mean = jnp.where(valid, jnp.asarray(mean), 0.5)
+    p, zeta, caps = (jnp.where(valid, x, 1) for x in (p, zeta, caps))
+    mean = jnp.where(valid, mean, 0.5)
     used = p > 0
     caps = jnp.where(used, caps, 0)
     p = p / jnp.max(p)  # before the sum, which might overflow
@@ -73,7 +78,7 @@ def pose(p: Any, mean_ratio: Any, zeta: Any, max_ratio: Any) -> Problem:
     zeta = zeta / jnp.max(zeta)
     total = mean * jnp.sum(used).astype(jnp.float32)
     total = jnp.minimum(total, jnp.sum(caps))
-    return Problem(p, p * zeta, caps, total, valid)
+    return Problem(p, p * zeta, caps, total, jnp.asarray(valid))
 
 
 def is_share(np, p):
@@ -168,14 +173,17 @@ def _paper(problem: Problem) -> jax.Array:
     order = jnp.argsort(-problem.p)  # stable, so that ties go by position
     p, caps = problem.p[order], problem.caps[order]
 
-    def shares(active):
+    def solve(active):
         spent = jnp.sum(jnp.where((p > 0) & ~active, caps, 0))
-        return _theorem_4(p, active, problem.total - spent)
+        return active, _theorem_4(p, active, problem.total - spent)
 
-    over = lambda active: active & (shares(active) > caps)
-    clip = lambda active: active & ~over(active)
-    active = lax.while_loop(lambda active: jnp.any(over(active)), clip, p > 0)
-    found = jnp.where(active, shares(active), caps)
+    over = lambda state: state[0] & (state[1] > caps)
+    active, shares = lax.while_loop(
+        lambda state: jnp.any(over(state)),
+        lambda state: solve(state[0] & ~over(state)),
+        solve(p > 0),
+    )
+    found = jnp.where(active, shares, caps)
     return jnp.zeros_like(found).at[order].set(found)
 
 
@@ -201,7 +209,8 @@ def _theorem_4(p: jax.Array, active: jax.Array, total: jax.Array) -> jax.Array:
     # Of equal p the first one is a candidate, and of equal phi the last one wins.
     count = active.astype(jnp.int32)
     seen = jnp.cumsum(count) - count
-    duplicate = seen > seen[jnp.searchsorted(-p, -p)]
+    group = lax.cummax(jnp.where(p == jnp.roll(p, 1), 0, index).at[0].set(0))
+    duplicate = seen > seen[group]
     phi = jnp.where(active & ~duplicate, phi, jnp.inf)
     j = p.size - 1 - jnp.argmin(phi[::-1])
     shares = jnp.where(index == j, 1, (p / p_r[j]) ** (2 / 3))
@@ -236,6 +245,6 @@ def _least_phi(problem: Problem) -> jax.Array:
         past = beyond(middle)
         return jnp.where(past, low, middle), jnp.where(past, middle, high)
 
-    top = jnp.max(p)
-    low, _ = lax.fori_loop(0, _HALVINGS, halve, (jnp.zeros_like(top), top))
-    return at(jnp.where(beyond(top), low, top))
+    # From the largest p on all are at the floor, and 2 is beyond the root for any p.
+    bounds = jnp.zeros_like(total), jnp.full_like(total, 2)
+    return at(lax.fori_loop(0, _HALVINGS, halve, bounds)[0])

@@ -31,6 +31,7 @@ References:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -159,9 +160,7 @@ def phi(p: Any, ratios: Any) -> jax.Array:
 
     References: Lu et al., 2023, arXiv:2311.07324, Theorems 1 to 4.
     """
-    p, d, used = _shares(p, ratios)
-    least = jnp.min(jnp.where(used, d, jnp.inf))
-    return jnp.sum(p / jnp.sqrt(d)) / jnp.sqrt(least)
+    return _criterion("phi", p, ratios, None)
 
 
 def psi(p: Any, ratios: Any, zeta: Any = None) -> jax.Array:
@@ -171,10 +170,7 @@ def psi(p: Any, ratios: Any, zeta: Any = None) -> jax.Array:
       p: As in `phi`, and so are ratios.
       zeta: [n]; None for ones.
     """
-    p, d, used = _shares(p, ratios)
-    weighted = p / d if zeta is None else p * jnp.asarray(zeta, jnp.float32) / d
-    count = jnp.sum(used).astype(jnp.float32)
-    return jnp.sqrt(count * jnp.sum(weighted**2))
+    return _criterion("psi", p, ratios, zeta)
 
 
 def omega(p: Any, ratios: Any, zeta: Any = None) -> jax.Array:
@@ -183,19 +179,25 @@ def omega(p: Any, ratios: Any, zeta: Any = None) -> jax.Array:
     Args:
       p: As in `psi`, and so are ratios and zeta.
     """
-    p, d, _ = _shares(p, ratios)
-    return jnp.sum(p / d if zeta is None else p * jnp.asarray(zeta, jnp.float32) / d)
+    return _criterion("omega", p, ratios, zeta)
 
 
-def _shares(p, ratios):
-    """Normalised p, and the ratios, 1 where p is 0, of all workers."""
-    p = jnp.asarray(allocation.as_float(p))
+def _criterion(name, p, ratios, zeta) -> jax.Array:
+    arrays = (None if x is None else allocation.as_float(x) for x in (p, ratios, zeta))
+    return _score(name, *arrays)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(name, p, d, zeta) -> jax.Array:
     used = p > 0
-    return (
-        p / jnp.sum(p),
-        jnp.where(used, jnp.asarray(allocation.as_float(ratios)), 1),
-        used,
-    )
+    p, d = p / jnp.sum(p), jnp.where(used, d, 1)
+    if name == "phi":
+        least = jnp.min(jnp.where(used, d, jnp.inf))
+        return jnp.sum(p / jnp.sqrt(d)) / jnp.sqrt(least)
+    terms = p / d if zeta is None else p * zeta / d
+    if name == "omega":
+        return jnp.sum(terms)
+    return jnp.sqrt(jnp.sum(used).astype(jnp.float32) * jnp.sum(terms**2))
 
 
 # --- Whole numbers. -------------------------------------------------------------------
@@ -224,26 +226,26 @@ def largest_remainder(ratios: Any, size: int) -> jax.Array:
         lambda np, r: [(np.all((r >= 0) & (r <= 1)), "ratios must be in [0, 1]")],
         ratios,
     )
-    whole, fraction = _multiply(jnp.asarray(ratios), size)
+    return _rounded(ratios, size)
+
+
+@jax.jit
+def _rounded(ratios: jax.Array, size: int) -> jax.Array:
+    whole, fraction = _multiply(ratios, size)
     # The sum of 32-bit fractions, by halves.
     low = jnp.sum(fraction & 0xFFFF, dtype=jnp.uint32)
     high = jnp.sum(fraction >> 16, dtype=jnp.uint32) + (low >> 16)
     missing = (high + 0x8000) >> 16
     descending = jnp.argsort(~fraction)  # stable
-    rank = (
-        jnp.zeros_like(whole)
-        .at[descending]
-        .set(jnp.arange(whole.size, dtype=jnp.uint32))
-    )
+    rank = jnp.argsort(descending).astype(jnp.uint32)
     return (whole + (rank < missing).astype(jnp.uint32)).astype(jnp.int32)
 
 
-@jax.jit
 def _multiply(ratios: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """ratios * size as uint32[n] whole parts and fractions in units of 2^-32."""
     exponent = jnp.minimum(jnp.frexp(ratios)[1], 0)
     mantissa = jnp.ldexp(ratios, 24 - exponent).astype(jnp.uint32)  # <= 2^24
-    size = jnp.uint32(size)
+    size = jnp.asarray(size).astype(jnp.uint32)
 
     def halve(whole, fraction):
         return whole >> 1, (fraction >> 1) | (whole << 31)
