@@ -171,7 +171,7 @@ def _setting(record: Record, mean_ratio: float) -> str:
     return (
         f"`{config['task']}`; {config['num_workers']} workers x "
         f"{config['batch_size_per_worker']} samples; {config['steps']:,} steps, "
-        f"learning rate {config['learning_rate']}, constant; {record['num_params']:,} weights. "
+        f"learning rate {config['learning_rate']}; {record['num_params']:,} weights. "
         f"Target: {SHARE_OF_UNIFORM:.0%} of the mean final accuracy of "
         f"`uniform({mean_ratio})` of the same split; accuracies are medians of "
         f"{_MEDIAN_OF} evaluations, one every {config['eval_every']} steps. ± is the "
