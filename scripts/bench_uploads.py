@@ -46,8 +46,6 @@ METHODS = (
     "uniform(0.002)",
     "uniform(0.01)",
     "uniform(0.05)",
-    "dagc_r(0.01)",
-    "dagc_r(0.01, criterion='psi')",
     "bcrs(0.01)",
     "steered(0.01, max_ratio=0.05)",
 )

@@ -1,0 +1,106 @@
+"""Iterations and seconds to a target, and what is made of them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gcjax import results, study
+from gcjax.network import rounds
+
+SPLIT = "skewed(arithmetic(10), 0.5)"
+
+
+def record(method, seed, accuracy, uploads=(100, 50), every=10):
+    """A run of two workers, 3 to 1, whose uploads never change."""
+    steps = [every * (i + 1) for i in range(len(accuracy))]
+    return {
+        "schema": results.SCHEMA,
+        "status": "done",
+        "method": method,
+        "seed": seed,
+        "weights": [0.75, 0.25],
+        "num_params": 100,
+        "config": {
+            "split": SPLIT,
+            "aggregator": "parameter_server()",
+            "task": "task",
+            "num_workers": 2,
+            "batch_size_per_worker": 4,
+            "steps": steps[-1],
+            "learning_rate": 0.1,
+            "eval_every": every,
+        },
+        "final": {
+            "steps": steps[-1],
+            "upload_bits": [u * steps[-1] for u in uploads],
+            "download_bits": 3200 * steps[-1],
+        },
+        "series": {
+            "eval_step": steps,
+            "eval_accuracy": list(accuracy),
+            "uploaded": [[u * s for u in uploads] for s in steps],
+        },
+    }
+
+
+RISING = np.linspace(0.1, 0.9, 17)  # 0.05 every evaluation
+
+
+def test_iterations_wait_for_the_median_of_five():
+    noisy = RISING.copy()
+    noisy[3] = 1.0  # an outlier that reaches nothing by itself
+    for accuracy in (RISING, noisy):
+        run = record("uniform(0.1)", 0, accuracy)
+        assert study.iterations(run, 0.5) == 110  # 0.4 .. 0.6 are evaluations 7 to 11
+    assert study.iterations(run, 0.85) is None
+    assert study.final(run) == pytest.approx(0.8)
+
+
+def test_seconds_are_those_of_the_rounds():
+    run = record("uniform(0.1)", 0, RISING)
+    links = rounds.uneven([0.75, 0.25], "against")
+    one = rounds.round_seconds(links, [100, 50], 3200, study.COMPUTE_S)
+    assert study.seconds(run, 0.5, "against") == pytest.approx(110 * one)
+    assert study.seconds(run, 0.85, "with") is None
+
+
+def test_differences_within_two_standard_errors_are_ties():
+    base = [record("uniform(0.1)", s, RISING) for s in range(3)]
+    apart = [record("other", s, RISING + 0.01 + 1e-4 * s) for s in range(3)]
+    near = [record("other", s, RISING + 0.01 * (s - 1)) for s in range(3)]
+    assert "tie" not in study.verdict(study.paired(apart, base, study.final), 100)
+    assert "tie" in study.verdict(study.paired(near, base, study.final), 100)
+    assert study.paired(apart[:1], base, study.final) is None
+    never = lambda r: None
+    assert study.paired(apart, base, never) is None
+
+
+def test_correlations_rank_allocations_by_their_steps():
+    """Where steps grow with omega, omega's rank correlation is one."""
+    runs = {}
+    for exponent, delay in ((0.5, 0), (0.0, 2), (1.5, 3), (2.0, 6)):
+        name = f"power_rule(0.1, {exponent})" if exponent else "uniform(0.1)"
+        late = np.concatenate([np.full(delay, 0.1), RISING])
+        runs[name] = [record(name, s, late) for s in range(2)]
+    runs["dense"] = [record("dense", 0, RISING)]
+    found, count = study.correlations(runs, 0.5, 0.1)
+    assert count == 4
+    assert found["omega"] == pytest.approx(1.0)
+    assert study.correlations({"dense": runs["dense"]}, 0.5, 0.1) is None
+
+
+def test_report_is_written_for_experiments_with_weights_only(tmp_path, monkeypatch):
+    experiment = "dagc_logistic"
+    for seed in range(2):
+        for method in ("uniform(0.001)", "hard(0.05)"):
+            run = record(method, seed, RISING) | {"experiment": experiment}
+            path = tmp_path / "runs" / experiment / f"{seed}{method[:4]}.json"
+            results.write_json(run, path)
+    other = tmp_path / "runs" / "quickstart" / "a.json"
+    results.write_json({"schema": results.SCHEMA, "status": "done"}, other)
+    written = study.write_report(tmp_path / "runs", tmp_path / "out")
+    assert [p.name for p in written] == [f"{experiment}.md", f"{experiment}.png"]
+    text = written[0].read_text()
+    assert "`hard(0.05)`" in text and SPLIT in text and "80.00 ± 0.00" in text
+    assert json.loads(other.read_text())["status"] == "done"
