@@ -21,9 +21,7 @@ import ml_collections
 
 from configs import base, lgreco_cifar10
 
-RATIOS = (0.001, 0.01, 0.1)
 SKEWS = (100, 1000, 10)
-THRESHOLDS = (0.05, 0.005)
 SEEDS = (0, 1, 2)
 TARGET_RATIO = 0.001  # of the uniform runs that set the target
 # Final accuracy in %, with another draw of the split and an unknown learning rate: Lu
@@ -92,26 +90,22 @@ def quick(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def ratios(mean: float) -> list[str]:
-    """The rules that share a mean ratio."""
-    criteria = ("phi_exact", "psi", "omega")
-    exact = [f"dagc_r({mean}, criterion='{name}')" for name in criteria]
-    return [f"uniform({mean})", f"dagc_r({mean})", *exact]
+def methods(skew: int) -> list[str]:
+    """The allocations that are compared at a skew; most at 100."""
+    steered = [f"steered(0.001, exponent={e:.4g})" for e in (0.0, -0.5, -2 / 3, -1.0)]
+    first = ["dense", "uniform(0.001)", "dagc_r(0.001)"]
+    first += ["dagc_r(0.001, criterion='psi')", "hard(0.05)", "dagc_a(0.05)"]
+    if skew != 100:
+        return [*first, steered[-1]]
+    criteria = [f"dagc_r(0.001, criterion='{c}')" for c in ("phi_exact", "omega")]
+    others = ["uniform(0.01)", "dagc_r(0.01)", "dagc_r(0.01, criterion='psi')"]
+    others += ["uniform(0.1)", "dagc_r(0.1)", "hard(0.005)", "dagc_a(0.005)"]
+    return [*first, *criteria, *others, *steered, *MORE]
 
 
 def sweep(add: Callable) -> None:
     """Calls `add` with what each run of the experiment overrides."""
     for skew in SKEWS:
         for seed in SEEDS:
-            common = dict(split=split(skew), seed=seed)
-            add(methods=("dense",), **common)
-            for mean in RATIOS[: 3 if skew == 100 else 1]:
-                for method in ratios(mean):
-                    add(methods=(method,), **common)
-            for value in THRESHOLDS[: 2 if skew == 100 else 1]:
-                for rule in ("hard", "dagc_a"):
-                    add(methods=(f"{rule}({value})",), **common)
-            for exponent in (0.0, -0.5, -2 / 3, -1.0):
-                add(methods=(f"steered(0.001, exponent={exponent:.4g})",), **common)
-            for method in MORE if skew == 100 else ():
-                add(methods=(method,), **common)
+            for method in methods(skew):
+                add(methods=(method,), split=split(skew), seed=seed)

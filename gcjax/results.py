@@ -20,6 +20,8 @@ from gcjax.base import Words
 
 SCHEMA = 1
 _POINTS = 400  # of a series at most, to keep committed records small
+# Fields that configs got after the first records, left out where they change nothing.
+_LATER = {"split": "", "local_steps": 0}
 # Fields that say where and how long, not what: two runs that differ only here are one.
 _NOT_HASHED = ("seed", "data_dir", "resume", "log_every", "checkpoint_every")
 
@@ -84,6 +86,9 @@ def config_hash(config: ml_collections.ConfigDict, method: str) -> str:
     """Eight hex digits of all that matters to a run's result but its seed."""
     fields = json.loads(config.to_json()) | {"methods": [method]}
     kept = {k: v for k, v in fields.items() if k not in _NOT_HASHED}
+    kept = {k: v for k, v in kept.items() if k not in _LATER or v != _LATER[k]}
+    if not config.local_steps:
+        kept.pop("local_learning_rate", None)
     weighted = config.aggregator.startswith("parameter_server(")
     if method == "dense" and not weighted:  # how and when to compress is no part of it
         kept = {k: v for k, v in kept.items() if k not in ("aggregator", "every")}
