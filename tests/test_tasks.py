@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from gcjax import data, tasks
+from gcjax import data, models, tasks
 
 REAL = Path(os.environ.get("GCJAX_DATA") or "/nonexistent")
 KEY = jax.random.key(0)
@@ -205,8 +205,8 @@ def test_vmap_and_shard_map_agree(name, request):
 
 
 def test_batch_norm_keeps_running_statistics():
-    init, apply = tasks._functional(
-        lambda rngs: tasks.ConvNorm(3, 4, 3, 1, "batch", rngs)
+    init, apply = models.functional(
+        lambda rngs: models.ConvNorm(3, 4, 3, 1, "batch", rngs)
     )
     params, state = jax.jit(init)(KEY)
     apply = jax.jit(apply, static_argnums=3)
@@ -221,8 +221,8 @@ def test_batch_norm_keeps_running_statistics():
 
 @pytest.mark.parametrize("tied, size", [(True, 16 * 13), (False, 16 * 13 * 2 + 13)])
 def test_transformer_is_causal(tied, size):
-    init, apply = tasks._functional(
-        lambda rngs: tasks.Transformer(13, 16, 1, 2, 8, tied, rngs)
+    init, apply = models.functional(
+        lambda rngs: models.Transformer(13, 16, 1, 2, 8, tied, rngs)
     )
     params, _ = jax.jit(init)(KEY)
     width = 16  # positions, a block (norms, attention, network), and the last norm
