@@ -31,6 +31,8 @@ the re-selection of levels. `aggregate.py`, where all collectives stand too.
 
 *Selector*: tables in, levels out, `Selector` below.
 
+*Allocation*: how much each worker may send to a parameter server, `allocation.py`.
+
 *Error feedback*: what a worker did not send at this step it adds to its next gradient.
 
 **The path of one gradient**, function by function, through the family with the least
@@ -55,6 +57,12 @@ What others do instead: `top_k` sends places as well (`sparsify.pack_indexed`),
 quantisers send codes (`quantize._fields`, `quantize._planes`), and rows of them may be
 dealt out to the workers (`exchange._mean_by_shares`, two collectives);
 `exchange.power_sgd` has a `mean` of its own, with two collectives.
+
+**A weighted mean by a parameter server**: `server.parameter_server`, whose `mean` asks
+an `Allocation` (`allocation.py`) how many entries, or which threshold, each worker is
+granted (`server._select`), sends every upload by itself (`server._receive`, with
+`aggregate.send`), adds up at the server and sends the sum back (`server._send_back`).
+Which ratios are wise, `selectors/workers.py` says, and `splits.py` who has which data.
 
 **The path of the levels**: `aggregate.reselect`, every so often: `Exchange.errors` ->
 mean over workers -> `Selector.update` -> levels.

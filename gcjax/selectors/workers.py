@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gcjax.selectors import allocation
+from gcjax.selectors import filling
 
 CRITERIA = ("paper", "phi_exact", "psi", "omega")
 _GRID = 128  # deadlines tried, in each of three rounds
@@ -84,10 +84,10 @@ def dagc_r(
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
-    if zeta is not None and criterion not in allocation.EXPONENTS:
+    if zeta is not None and criterion not in filling.EXPONENTS:
         raise ValueError(f"zeta is for psi and omega, criterion {criterion!r} has none")
-    problem = allocation.pose(p, mean_ratio, zeta, max_ratio)
-    return jnp.where(problem.valid, allocation.minimise(criterion, problem), jnp.nan)
+    problem = filling.pose(p, mean_ratio, zeta, max_ratio)
+    return jnp.where(problem.valid, filling.minimise(criterion, problem), jnp.nan)
 
 
 def power_rule(
@@ -106,8 +106,8 @@ def power_rule(
       float32[n] ratios min(max_ratio, c (p zeta)^exponent) of sum n * mean_ratio.
     Raises: As `dagc_r`.
     """
-    problem = allocation.pose(p, mean_ratio, zeta, max_ratio)
-    ratios = allocation.fill(problem.weights(exponent), problem.caps, problem.total)
+    problem = filling.pose(p, mean_ratio, zeta, max_ratio)
+    ratios = filling.fill(problem.weights(exponent), problem.caps, problem.total)
     return jnp.where(problem.valid, ratios, jnp.nan)
 
 
@@ -126,12 +126,12 @@ def dagc_a(p: Any, mean_threshold: Any) -> jax.Array:
       equal traffic only where ratios are inversely proportional to thresholds, an
       assumption of the paper: measure what is sent.
     """
-    p = allocation.vector(p, "p")
-    mean = allocation.scalar(mean_threshold, "mean_threshold")
-    valid = allocation.check(
+    p = filling.vector(p, "p")
+    mean = filling.scalar(mean_threshold, "mean_threshold")
+    valid = filling.check(
         lambda np, p, mean: [
             (
-                allocation.is_share(np, p),
+                filling.is_share(np, p),
                 "p must be finite, not negative and not all 0",
             ),
             (np.isfinite(mean) & (mean > 0), "mean_threshold must be positive"),
@@ -183,7 +183,7 @@ def omega(p: Any, ratios: Any, zeta: Any = None) -> jax.Array:
 
 
 def _criterion(name, p, ratios, zeta) -> jax.Array:
-    arrays = (None if x is None else allocation.as_float(x) for x in (p, ratios, zeta))
+    arrays = (None if x is None else filling.as_float(x) for x in (p, ratios, zeta))
     return _score(name, *arrays)
 
 
@@ -221,8 +221,8 @@ def largest_remainder(ratios: Any, size: int) -> jax.Array:
     """
     if not 1 <= size < 2**31:
         raise ValueError(f"size must be in [1, 2^31), got {size}")
-    ratios = allocation.vector(ratios, "ratios")
-    allocation.check(
+    ratios = filling.vector(ratios, "ratios")
+    filling.check(
         lambda np, r: [(np.all((r >= 0) & (r <= 1)), "ratios must be in [0, 1]")],
         ratios,
     )
@@ -312,7 +312,7 @@ def bcrs_coefficients(p: Any, ratios: Any, mix: float = 0.5) -> jax.Array:
     References: Tang et al., 2024, arXiv:2408.14736, adapts the coefficients to the
       ratios; this mixture is an assumption, because its formula was not available.
     """
-    p, ratios = allocation.vector(p, "p"), allocation.vector(ratios, "ratios")
+    p, ratios = filling.vector(p, "p"), filling.vector(ratios, "ratios")
     if not 0 <= mix <= 1 or p.shape != ratios.shape:
         raise ValueError(
             f"mix must be in [0, 1], and p and ratios of one shape, got {mix}, "
@@ -326,10 +326,10 @@ def bcrs_coefficients(p: Any, ratios: Any, mix: float = 0.5) -> jax.Array:
 def _links(bandwidths, latencies, bits, ratio):
     """Checks links; where traced ones are bad, bandwidths become NaN."""
     values = (
-        allocation.vector(bandwidths, "bandwidths"),
-        allocation.vector(latencies, "latencies"),
+        filling.vector(bandwidths, "bandwidths"),
+        filling.vector(latencies, "latencies"),
     )
-    values += allocation.scalar(bits, "bits"), allocation.scalar(ratio, "the ratio")
+    values += filling.scalar(bits, "bits"), filling.scalar(ratio, "the ratio")
     if values[0].shape != values[1].shape:
         raise ValueError(
             "bandwidths and latencies must have one entry per worker, got shapes "
@@ -346,7 +346,7 @@ def _links(bandwidths, latencies, bits, ratio):
             ((ratio > 0) & (ratio <= 1), "the ratio must be in (0, 1]"),
         ]
 
-    valid = allocation.check(conditions, *values)
+    valid = filling.check(conditions, *values)
     bandwidths, *rest = map(jnp.asarray, values)
     return jnp.where(valid, bandwidths, jnp.nan), *rest
 
@@ -394,9 +394,9 @@ def deadline(
         raise ValueError(f"criterion must be one of {CRITERIA[1:]}, got {criterion!r}")
     bandwidths, latencies, bits, _ = _links(*links, mean_ratio)
     a, b, other = (
-        allocation.scalar(x, "a, b, other_seconds") for x in (*fit, other_seconds)
+        filling.scalar(x, "a, b, other_seconds") for x in (*fit, other_seconds)
     )
-    valid = allocation.check(
+    valid = filling.check(
         lambda np, a, b, other: [
             ((a >= 0) & (b > 0), "fit must be a >= 0 and b > 0"),
             (other > 0, "other_seconds, compute and download, must be positive"),
@@ -405,14 +405,14 @@ def deadline(
         b,
         other,
     )
-    free = allocation.pose(p, mean_ratio, zeta, 1.0)
+    free = filling.pose(p, mean_ratio, zeta, 1.0)
     if bandwidths.shape != free.p.shape:
         raise ValueError(
             f"links must have one entry per worker, got {list(bandwidths.shape)} for p "
             f"{list(free.p.shape)}"
         )
     score = {"phi_exact": lambda p, d, zeta: phi(p, d), "psi": psi, "omega": omega}
-    zeta = None if zeta is None else jnp.asarray(allocation.as_float(zeta))
+    zeta = None if zeta is None else jnp.asarray(filling.as_float(zeta))
     used = free.p > 0
 
     first = jnp.max(jnp.where(used, latencies, 0))
@@ -421,12 +421,12 @@ def deadline(
         caps = (offset + (first - latencies)) * bandwidths / bits
         caps = jnp.where(used, jnp.clip(caps, 0, 1), 0)
         total = jnp.minimum(free.total, jnp.sum(caps))
-        ratios = allocation.minimise(criterion, free._replace(caps=caps, total=total))
+        ratios = filling.minimise(criterion, free._replace(caps=caps, total=total))
         iterations = a + b * score[criterion](free.p, ratios, zeta)
         seconds = first + offset
         return Deadline(seconds, ratios, iterations, (seconds + other) * iterations)
 
-    uncapped = allocation.minimise(criterion, free) * bits / bandwidths - (
+    uncapped = filling.minimise(criterion, free) * bits / bandwidths - (
         first - latencies
     )
     last = jnp.max(jnp.where(used, uncapped, 0))

@@ -1,4 +1,4 @@
-"""The allocation of ratios to workers: checked arguments, and exact solvers.
+"""Filling a sum of ratios up, worker by worker: checked arguments, exact solvers.
 
 What `gcjax.selectors.workers` is made of. Arguments are NumPy arrays where they are
 concrete, so that their values can be refused, and JAX arrays where they are traced.
