@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from gcjax import cluster, train
+from gcjax import cluster, results, train
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).resolve().parents[1]
@@ -484,3 +484,27 @@ def test_nothing_is_left_of_a_network(number):
         return False
 
     until(lambda: not left(), 5)
+
+
+def test_a_server_is_a_process_of_its_own_and_changes_nothing(tmp_path):
+    """Two workers and a server: the result, and every upload, of simulated workers."""
+    fields = {
+        "task": "image_classification('digits', 'logistic')",
+        "split": "skewed(arithmetic(3), 0.5)",
+        "aggregator": "parameter_server(download=top_k(0.2))",
+        "methods": ("dagc_r(0.05)",),
+        "steps": 12,
+        "warmup_steps": 0,
+        "eval_every": 6,
+        "checkpoint_every": 5,
+    }
+    command = training(tmp_path / "run", 2, **fields)
+    text, status = finished(launched(3, command))
+    assert status == 0, text
+    record = results.read(tmp_path / "run" / "record.json")
+    expected = simulated(tmp_path / "simulated", 2, **fields)
+    same_to_rounding(record["series"], expected["series"])
+    uploads = record["final"]["upload_bits"]
+    assert uploads == expected["final"]["upload_bits"]
+    assert uploads[0] > uploads[1] > 0
+    assert record["final"]["download_bits"] == expected["final"]["download_bits"] > 0

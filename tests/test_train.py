@@ -252,3 +252,36 @@ def test_model_state_is_averaged_and_counted(config):
     assert (
         int(metrics.words.reduced) == 3 + 1 + 3 + 1
     )  # gradient, flag, statistics, loss
+
+
+@pytest.mark.parametrize("local_steps", [0, 2])
+def test_a_parameter_server_weights_workers_and_counts_uploads(
+    config, tmp_path, local_steps
+):
+    config.task = "image_classification('digits', 'logistic')"
+    config.split = "skewed(arithmetic(10))"
+    config.aggregator, config.num_workers = "parameter_server()", 4
+    config.local_steps = local_steps
+    record = train.train(config, "power_rule(0.05, 1.0)", tmp_path)
+    assert sum(record["weights"]) == pytest.approx(1)
+    assert record["weights"][0] == pytest.approx(10 * record["weights"][3], rel=0.02)
+    uploads = record["final"]["upload_bits"]
+    assert sorted(uploads, reverse=True) == uploads and uploads[0] > 5 * uploads[3]
+    each = 32 * (record["num_params"] + 1)  # the flag of finite gradients
+    assert record["final"]["download_bits"] == config.steps * each
+
+
+def test_local_steps_send_the_change_of_the_weights(config, tmp_path):
+    """One local step of rate r and a server's rate of 1 are one step of rate r."""
+    config.task = "image_classification('digits', 'logistic')"
+    config.split = "skewed(arithmetic(10))"
+    config.aggregator, config.num_workers = "parameter_server()", 4
+    config.momentum, config.lr_schedule = 0.0, "constant"
+    config.learning_rate = 0.05
+    plain = train.train(config, "uniform(0.05)", tmp_path / "plain")
+    config.local_steps, config.local_learning_rate = 1, 0.05
+    config.learning_rate = 1.0
+    local = train.train(config, "uniform(0.05)", tmp_path / "local")
+    np.testing.assert_allclose(
+        plain["series"]["loss"], local["series"]["loss"], rtol=1e-5
+    )
