@@ -3,7 +3,7 @@
 Logistic regression on Fashion-MNIST, ten workers with sizes in an arithmetic series
 (largest over smallest: SR) and labels from Dirichlet(0.5), a parameter server. Ratios
 with one mean: the same for all, DAGC-R (as published, and the exact minimisers of three
-criteria), powers of the shares; thresholds: hard, DAGC-A, and weighted ones that are
+criteria), powers of the shares, and BCRS over uneven links; thresholds: hard, DAGC-A, and weighted ones that are
 steered to a traffic. Accordion as DAGC's authors ran it, and matched in traffic.
 
 Command: python scripts/sweep.py --config=configs/dagc_logistic.py
@@ -54,7 +54,9 @@ MORE = (
     "accordion(0.000395, 0.00162, mean_ratio=0.001, rounds=5000)",
     "resolved(0.001, criterion='psi')",
     "resolved(0.001, criterion='omega')",
+    *(f"bcrs(0.001, '{order}', 377e3)" for order in ("with", "across", "against")),
 )
+OPWA = "parameter_server(opwa=({}, 1))"  # entries that one worker alone has sent
 
 
 def split(skew: int) -> str:
@@ -109,3 +111,7 @@ def sweep(add: Callable) -> None:
         for seed in SEEDS:
             for method in methods(skew):
                 add(methods=(method,), split=split(skew), seed=seed)
+    for gamma in (1.5, 3.0):
+        for seed in SEEDS:
+            method = ("uniform(0.001)",)
+            add(methods=method, aggregator=OPWA.format(gamma), seed=seed)

@@ -78,12 +78,12 @@ def upload_bits(record: Record) -> float:
 
 
 def groups(records: Iterable[Record]) -> dict[str, Group]:
-    """Splits of the data, in the order of their names -> methods -> records by seed."""
+    """Splits of the data -> methods, with the server's options -> records by seed."""
     found: dict[str, Group] = defaultdict(lambda: defaultdict(list))
     for record in sorted(records, key=lambda r: r["seed"]):
         if record["status"] == "done":
-            name = " ".join([record["config"]["split"], _options(record)]).strip()
-            found[name][record["method"]].append(record)
+            method = " ".join([record["method"], _options(record)]).strip()
+            found[record["config"]["split"]][method].append(record)
     natural = lambda text: [
         int(x) if x.isdigit() else x for x in re.split(r"(\d+)", text)
     ]
@@ -243,7 +243,8 @@ def correlations(group: Group, target: float, mean_ratio: float):
     """
     points = []
     for method, runs in group.items():
-        if not re.match(rf"(uniform|dagc_r|power_rule)\({mean_ratio}\b", method):
+        fixed = rf"(uniform|dagc_r|power_rule)\({mean_ratio}\b.*\)"
+        if not re.fullmatch(fixed, method) or _options(runs[0]):
             continue
         need = [iterations(r, target) for r in runs]
         p = np.array(runs[0]["weights"])
