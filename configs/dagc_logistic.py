@@ -3,8 +3,9 @@
 Logistic regression on Fashion-MNIST, ten workers with sizes in an arithmetic series
 (largest over smallest: SR) and labels from Dirichlet(0.5), a parameter server. Ratios
 with one mean: the same for all, DAGC-R (as published, and the exact minimisers of three
-criteria), powers of the shares, and BCRS over uneven links; thresholds: hard, DAGC-A, and weighted ones that are
-steered to a traffic. Accordion as DAGC's authors ran it, and matched in traffic.
+criteria) and powers of the shares; BCRS over uneven links, and OPWA. Thresholds: hard,
+DAGC-A, and weighted ones that are steered to a traffic. Accordion as DAGC's authors ran
+it, and matched in traffic.
 
 Command: python scripts/sweep.py --config=configs/dagc_logistic.py
 One run: python scripts/train.py --config=configs/dagc_logistic.py
