@@ -135,7 +135,7 @@ def search(
                 bar.update(1024)
                 if time.monotonic() > stop:
                     lower = min(f for _, _, f in [*heap, (key, i, key)])
-                    lower = max(lower * bound.energy_unit_j, bound.lower_j)
+                    lower = max(lower * bound.energy_unit_j, bound.root_j)
                     return Search(best, False, lower, expanded)
             for new, order, total in expand(label, i):
                 if new.loss > goal and covered(new):
@@ -305,9 +305,10 @@ def refuse(problem: Problem, limit_s: float = 60.0) -> None:
         return replay(changed, found.choices, graph.tables).seconds
 
     tables = tabulate(problem)
-    longest = tables.seconds[tables.possible].max() + tables.switch_s[
-        np.isfinite(tables.switch_s)
-    ].max()
+    longest = (
+        tables.seconds[tables.possible].max()
+        + tables.switch_s[np.isfinite(tables.switch_s)].max()
+    )
     ever = least_time(problem.max_loss, float(longest * problem.max_epochs))
     low, high = problem.max_loss, problem.start_loss
     while high - low > 1e-3 * problem.start_loss:

@@ -211,7 +211,7 @@ def _ranges(problem: Problem, tables: Tables):
 
 
 class Bounds(NamedTuple):
-    """Lower bounds on what is still needed, for W weights, at J + 1 points of progress.
+    """Bounds on what is still needed, for W weights, at J + 1 points of progress.
 
     Energy is in units of `energy_unit_j`, time of the deadline.
     """
@@ -220,89 +220,115 @@ class Bounds(NamedTuple):
     value: jax.Array  # float32[M, C, J + 1, W], any version may come next
     stay: jax.Array  # float32[M, C, J + 1, W], the next epoch trains version M
     energy_unit_j: float
-    lower_j: float  # no plan needs less energy
+    root_j: float  # bound on the energy of a whole plan
     proof: str  # why no plan exists; "" if that is not known
 
 
+MIDDLE = 7  # the weight whose bound on whole plans is the highest
+
+
+def estimate(graph: Graph, bins: int = 1024) -> Bounds:
+    """Completion bounds that are nearly right, but not proved; see `_backward`."""
+    centre = np.array([1 / max(_unit_s(graph), 1e-9), 0.1])
+    # Multipliers of deadline and epochs: from those that make a typical epoch's time,
+    # or the epoch itself, as dear as its energy, uphill to the highest bound.
+    for size, factor in [*_SEARCH, (bins, 2.0)]:
+        found, centre = _pass(graph, size, centre, factor, proved=False)
+    return found
+
+
 def bounds(graph: Graph, capped: bool = True, bins: int = BOUND_BINS) -> Bounds:
-    """Completion bounds, with multipliers around the best ones for the whole plan.
+    """Proved completion bounds.
 
     Args:
       graph: What is searched.
       capped: Heed `max_epochs`; otherwise it has no multiplier.
-      bins: Points of progress.
+      bins: Points of progress; rounding up to them loosens the bounds.
     """
-    problem, tables = graph.problem, graph.tables
+    centre = np.array([1 / max(_unit_s(graph), 1e-9), 0.1 if capped else 0.0])
+    for size, factor in _SEARCH:
+        found, centre = _pass(graph, size, centre, factor, proved=False)
+    return _pass(graph, bins, centre, 2.0, proved=True)[0]
+
+
+# Points of progress and factor of each step uphill.
+_SEARCH = [(512, f) for f in (30, 10, 10, 5, 3, 3, 2, 2, 1.5, 1.3)]
+_AROUND = np.stack(np.meshgrid([-1.0, 0, 1], [-1.0, 0, 1]), -1).reshape(9, 2)
+
+
+def _unit_s(graph: Graph) -> float:
+    """A typical epoch's time, as a share of the deadline."""
+    seconds = graph.seconds[np.isfinite(graph.energy_j)]
+    return float(np.median(seconds)) / graph.problem.deadline_s
+
+
+def _pass(graph: Graph, bins: int, centre: np.ndarray, factor: float, proved: bool):
+    """Bounds for nine pairs of multipliers around one; and the best pair."""
     finite = np.isfinite(graph.energy_j)
     unit_j = max(float(np.median(graph.energy_j[finite])), 1e-30)
-    unit_s = float(np.median(graph.seconds[finite])) / problem.deadline_s
-    # Multipliers of deadline and epochs: from those that make a typical epoch's time,
-    # or the epoch itself, as dear as its energy, uphill to the best bound at the start.
-    centre = np.array([1 / max(unit_s, 1e-9), 0.1 if capped else 0.0])
-    steps = np.stack(np.meshgrid([-1.0, 0, 1], [-1.0, 0, 1]), -1).reshape(9, 2)
-    for size, factor in [*_SEARCH, (bins, 2.0)]:
-        at = int(-(-_start_ticks(graph) * size // TICKS))
-        around = centre * factor**steps
-        weights = np.zeros((12, 3), np.float32)
-        weights[:3] = np.eye(3)
-        weights[3:, 0], weights[3:, 1:] = 1, around
-        value, stay = _backward(
-            weights, size, graph.goal, *_scaled(graph, unit_j, size)
-        )
-        root = np.asarray(value[(*tables.start, at)], float) * (1 - SLACK)
-        lower = root[3:] - around @ [1, problem.max_epochs]
-        centre = around[np.argmax(lower)]
-    lower = max(0.0, root[0], lower.max()) * unit_j
-    proof = ""
-    if root[1] > 1 or np.isinf(root[1]):
+    around = centre * factor**_AROUND
+    weights = np.zeros((12, 3), np.float32)
+    weights[:3] = np.eye(3)
+    weights[3:, 0], weights[3:, 1:] = 1, around
+    scaled = _scaled(graph, unit_j, bins, proved)
+    value, stay = _backward(weights, bins, graph.goal, *scaled)
+    at = int(-(-start_ticks(graph) * bins // TICKS))
+    root = np.asarray(value[(*graph.tables.start, at)], float) * (1 - SLACK)
+    lower = root[3:] - around @ [1, graph.problem.max_epochs]
+    root_j, proof = max(0.0, root[0], lower.max()) * unit_j, ""
+    if proved and root[1] > 1:
         proof = "the deadline is too short even for the fastest epochs"
-    elif root[2] > problem.max_epochs:
+    elif proved and root[2] > graph.problem.max_epochs:
         proof = "max_epochs is too few even for the most useful epochs"
-    return Bounds(weights, value, stay, unit_j, lower if not proof else np.inf, proof)
+    found = Bounds(weights, value, stay, unit_j, root_j, proof)
+    return found, around[np.argmax(lower)]
 
 
-# Bins and factor of each step uphill.
-_SEARCH = [(256, f) for f in (30, 10, 10, 5, 3, 3, 2)] + [
-    (1024, f) for f in (2, 1.5, 1.3, 1.15)
-]
-
-
-def _start_ticks(graph: Graph) -> int:
+def start_ticks(graph: Graph) -> int:
     m = graph.tables.start[0]
     curve = graph.problem.versions[m].curve
     return int(graph.ticks(m, float(curve.progress(graph.problem.start_loss))))
 
 
-def _scaled(graph: Graph, unit_j: float, bins: int) -> tuple:
-    """Costs in units, steps and switches on a grid of progress, rounded up."""
+def _scaled(graph: Graph, unit_j: float, bins: int, proved: bool) -> tuple:
+    """Costs in units, steps and switches on a grid of progress."""
     problem, tables = graph.problem, graph.tables
     tick = (graph.high - graph.low)[:, None, None] / bins
-    steps = np.ceil(graph.progress / tick * (1 - 1e-12))
-    steps = np.clip(steps, 1, bins).astype(np.int32)
-    switch = -(-graph.switch_ticks(bins, up=True) * bins // TICKS)
+    steps = graph.progress / tick * (1 - 1e-12)
+    # Epochs that lead to between two points are repeated until they lead to one.
+    repeat = np.ones_like(steps) if proved else 1 / np.clip(steps, 1e-6, 1)
+    steps = np.clip(np.ceil(steps) if proved else steps, 1, bins)
+    whole = np.floor(steps)
+    switch = graph.switch_ticks(bins, up=True)
+    switch = -((-switch + (0 if proved else TICKS // bins // 2)) * bins // TICKS)
     size = len(problem.versions)
     switch[np.arange(size), np.arange(size)] = np.arange(bins + 1)
-    banned = ~(graph.allowed() & graph.reachable)[..., None]
     to_f32 = partial(np.asarray, dtype=np.float32)
+    costs = [graph.energy_j / unit_j, graph.seconds / problem.deadline_s]
+    changes = [tables.switch_j / unit_j, tables.switch_s / problem.deadline_s]
+    changes = np.where(graph.allowed()[..., None], changes, np.inf)
     return (
-        to_f32(np.stack([graph.energy_j / unit_j, graph.seconds / problem.deadline_s])),
-        steps,
+        to_f32(np.stack(costs)),
+        whole.astype(np.int32),
+        to_f32(steps - whole),
+        to_f32(repeat),
         graph.destination,
-        to_f32(
-            np.where(
-                banned,
-                np.inf,
-                np.stack([tables.switch_j / unit_j, tables.switch_s / problem.deadline_s]),
-            )
-        ),
+        to_f32(changes),
         switch.astype(np.int32),
     )
 
 
 @partial(jax.jit, static_argnames="bins")
-def _backward(weights, bins, goal, costs, steps, destination, switch_costs, switch):
-    """Values [M, C, bins + 1, W] of `Bounds`, from the smallest version upwards."""
-    size, clusters, _ = steps.shape
+def _backward(
+    weights, bins, goal, costs, whole, part, repeat, destination, switch_costs, switch
+):
+    """Values [M, C, bins + 1, W] of `Bounds`, from the smallest version upwards.
+
+    An epoch leads `whole + part` points further. With parts of 0 and steps rounded up
+    the values are bounds. Otherwise the value between two points is interpolated,
+    which is unbiased, while rounding up favours epochs that gain the most by it.
+    """
+    size, clusters, _ = whole.shape
     epochs = weights[:, 2]
 
     def weighted(pair):  # [2, ...] -> [..., W]; inf stays inf at a weight of 0
@@ -312,7 +338,7 @@ def _backward(weights, bins, goal, costs, steps, destination, switch_costs, swit
     def version(back, done):
         value, stay = done
         m = size - 1 - back
-        cost = weighted(costs[:, m]) + epochs
+        cost = (weighted(costs[:, m]) + epochs) * repeat[m][..., None]
         # After a switch to a later version, [M, C, bins + 1, W].
         later = jnp.take_along_axis(stay, switch[m][:, None, :, None], axis=2)
         later = later + weighted(switch_costs[:, m])[:, :, None]
@@ -321,12 +347,17 @@ def _backward(weights, bins, goal, costs, steps, destination, switch_costs, swit
         last = jnp.where(goal[m], 0.0, jnp.min(switched[:, bins], axis=0))
         own = jnp.full((bins + 1, clusters, weights.shape[0]), jnp.inf)
         own = own.at[bins].set(jnp.broadcast_to(last, own.shape[1:]))
+        more = part[m][..., None]
 
         def point(i, tables):
             own, staying = tables
             j = bins - i
-            following = own[jnp.minimum(j + steps[m], bins), destination[m]]
-            best = jnp.min(cost + following, axis=1)
+            near = own[jnp.minimum(j + whole[m], bins), destination[m]]
+            far = own[jnp.minimum(j + whole[m] + 1, bins), destination[m]]
+            following = near + jnp.where(more > 0, more * (far - near), 0)
+            best = jnp.min(
+                jnp.where(jnp.isnan(following), jnp.inf, following) + cost, 1
+            )
             staying = staying.at[j].set(best)
             value = jnp.where(i == 0, own[bins], jnp.minimum(best, switched[:, j]))
             return own.at[j].set(value), staying
@@ -369,7 +400,9 @@ def _follow(graph: Graph, bound: Bounds, value: np.ndarray, w: int):
             spent_s = tables.switch_s[m, n, c] + graph.seconds[n, c]
             valid = np.isfinite(spent_j)
             total = np.full(len(valid), np.inf)
-            total[valid] = weight_j * spent_j[valid] + weight_s * spent_s[valid] + weight_k
+            total[valid] = (
+                weight_j * spent_j[valid] + weight_s * spent_s[valid] + weight_k
+            )
             total += value[n, graph.destination[n, c], at, w]
             p = int(np.argmin(total))
             if total[p] < best[0]:

@@ -64,7 +64,9 @@ def scenario(
     nodes, tiers = _nodes(kind, -(-clusters * 5 // 8), rng)
     links = _links(kind, nodes, tiers, rng)
     groups = _clusters(nodes, tiers, clusters, rng)
-    data = np.mean([n.samples for n, t in zip(nodes, tiers, strict=True) if t == "cloud"])
+    data = np.mean(
+        [n.samples for n, t in zip(nodes, tiers, strict=True) if t == "cloud"]
+    )
     models, switches = _versions(versions, epochs * data, rng)
     cloud = next(c for c in groups if c.coordinator.startswith("cloud"))
     return Problem(

@@ -136,9 +136,7 @@ def _epoch(
     return sum(spent.values()), seconds, fraction * _useful(problem, cluster, m, level)
 
 
-def _useful(
-    problem: Problem, cluster: Cluster, m: int, level: GradientLevel
-) -> float:
+def _useful(problem: Problem, cluster: Cluster, m: int, level: GradientLevel) -> float:
     """Effective samples of all of a cluster's data."""
     samples = _histogram(problem, cluster)
     everything = sum(np.array(n.histogram, float) for n in problem.nodes)
