@@ -55,6 +55,10 @@ class Arrays(NamedTuple):
     start: jax.Array  # int32[3]: version, cluster, ticks of progress
     upper: jax.Array  # float32, cost of a known plan, or inf
     max_epochs: jax.Array  # int32
+    guide: jax.Array  # int32, the weight that ranks labels of a cell
+    bins: (
+        jax.Array
+    )  # int32[3], of progress, time and epochs; powers of two but the last
 
 
 class Log(NamedTuple):
@@ -72,7 +76,9 @@ class Log(NamedTuple):
     full: jax.Array  # bool, whether labels were dropped for lack of room
 
 
-def arrays(graph: Graph, bound: Bounds, upper_j: float, loss_bins: int) -> Arrays:
+def arrays(
+    graph: Graph, bound: Bounds, upper_j: float, bins: tuple[int, int, int]
+) -> Arrays:
     """Arrays for `solve`, energies as costs and times as what is used."""
     problem, tables = graph.problem, graph.tables
     tick = (graph.high - graph.low)[:, None, None] / TICKS
@@ -83,11 +89,11 @@ def arrays(graph: Graph, bound: Bounds, upper_j: float, loss_bins: int) -> Array
             graph.ticks(
                 m,
                 v.curve.progress(
-                    np.linspace(problem.top_loss, problem.max_loss, loss_bins + 1)
+                    np.linspace(problem.top_loss, problem.max_loss, bins[0] + 1)
                 ),
             )
             if graph.reachable[m]
-            else np.zeros(loss_bins + 1)
+            else np.zeros(bins[0] + 1)
             for m, v in enumerate(problem.versions)
         ]
     )
@@ -97,11 +103,11 @@ def arrays(graph: Graph, bound: Bounds, upper_j: float, loss_bins: int) -> Array
     unit = bound.energy_unit_j
     return Arrays(
         np.float32(graph.energy_j / unit),
-        _time_ticks(graph.seconds / problem.deadline_s),
+        ticks(graph.seconds / problem.deadline_s),
         step.astype(np.int32),
         graph.destination,
         np.float32(np.where(allowed, tables.switch_j / unit, np.inf)),
-        _time_ticks(tables.switch_s / problem.deadline_s),
+        ticks(tables.switch_s / problem.deadline_s),
         graph.switch_ticks(KNOTS, up=False).astype(np.int32),
         graph.goal,
         edges.astype(np.int32),
@@ -112,11 +118,13 @@ def arrays(graph: Graph, bound: Bounds, upper_j: float, loss_bins: int) -> Array
         np.array([*tables.start, start_ticks(graph)], np.int32),
         np.float32(upper_j / unit),
         np.int32(problem.max_epochs),
+        np.int32(MIDDLE),
+        np.array(bins, np.int32),
     )
 
 
-def _time_ticks(share: np.ndarray) -> np.ndarray:
-    """Shares of the deadline in ticks, rounded up; above it one tick too many."""
+def ticks(share: np.ndarray) -> np.ndarray:
+    """Shares of a budget in ticks, rounded up; above it one tick too many."""
     # A sum that meets the deadline exactly must not miss it by its last digit.
     ticks = np.ceil(np.minimum(share, 2.0) * (1 - 1e-12) * TICKS)
     return np.minimum(ticks, TICKS + 1).astype(np.int32)
@@ -124,11 +132,10 @@ def _time_ticks(share: np.ndarray) -> np.ndarray:
 
 @partial(
     jax.jit,
-    static_argnames=("bins", "capacity", "snap", "guided", "improve", "axis_name"),
+    static_argnames=("capacity", "snap", "guided", "improve", "axis_name"),
 )
 def solve(
     a: Arrays,
-    bins: tuple[int, int],
     capacity: int,
     *,
     snap: bool = False,
@@ -140,7 +147,6 @@ def solve(
 
     Args:
       a: What is searched.
-      bins: Of progress and of time, powers of two.
       capacity: Labels that the log has room for.
       snap: Round labels to the worse end of their cells.
       guided: A cell's best label is the one from which the whole plan is bounded to
@@ -148,21 +154,22 @@ def solve(
       improve: Lower `upper` to the best plan on the way, which drops dearer labels.
       axis_name: Of `jax.vmap` over several problems, if any.
     """
-    search = _Search(a, bins, capacity, snap, guided, improve, axis_name)
+    search = _Search(a, capacity, snap, guided, improve, axis_name)
     return search.run()
 
 
 class _Search:
     """The loop of `solve`; a class only so that its parts share what is fixed."""
 
-    def __init__(self, a, bins, capacity, snap, guided, improve, axis_name):
-        self.a, self.bins, self.capacity = a, bins, capacity
+    def __init__(self, a, capacity, snap, guided, improve, axis_name):
+        self.a, self.capacity = a, capacity
         self.snap, self.guided, self.improve = snap, guided, improve
         self.axis_name = axis_name
         self.size, self.clusters, self.actions = a.cost.shape
         self.slot_bits = (8 * capacity - 1).bit_length()
         self.cells = 1 << self.slot_bits
-        self.shift = [(TICKS // b).bit_length() - 1 for b in bins[:2]]
+        # Ticks are a power of two, and so are bins.
+        self.unit = TICKS // a.bins[:2]
         self.bound_shift = (TICKS // (a.value.shape[2] - 1)).bit_length() - 1
         self.per_turn = _PAIRS * self.actions
 
@@ -198,9 +205,9 @@ class _Search:
         if self.snap:
             i = self._edge(place // self.clusters, progress)
         else:
-            i = progress >> self.shift[0]
-        h = used >> self.shift[1]
-        k = epoch * self.bins[2] // (self.a.max_epochs + 1)
+            i = progress // self.unit[0]
+        h = used // self.unit[1]
+        k = epoch * self.a.bins[2] // (self.a.max_epochs + 1)
         # Cells lie in a table by their hash; two that share a slot compete.
         mixed = place.astype(jnp.uint32)
         for part in (i, h, k):
@@ -211,12 +218,13 @@ class _Search:
 
     def _edge(self, m, progress):
         """Number of the last edge at or below `progress`, by bisection."""
+        size = self.a.edges.shape[1]
         low = jnp.zeros_like(progress)
-        high = jnp.full_like(progress, self.bins[0] + 1)
-        for _ in range(self.bins[0].bit_length()):
+        high = jnp.full_like(progress, size)
+        for _ in range(size.bit_length()):
             middle = (low + high) // 2
-            below = self.a.edges[m, jnp.minimum(middle, self.bins[0])] <= progress
-            below &= middle <= self.bins[0]
+            below = self.a.edges[m, jnp.minimum(middle, size - 1)] <= progress
+            below &= middle < size
             low, high = jnp.where(below, middle, low), jnp.where(below, high, middle)
         return low
 
@@ -286,8 +294,7 @@ class _Search:
         ok = valid[:, None] & (used <= TICKS) & (cost < jnp.inf)
         if self.snap:
             x = a.edges[n, self._edge(n, x)]
-            unit = 1 << self.shift[1]
-            used = (used + (unit - 1)) & -unit
+            used = -(-used // self.unit[1]) * self.unit[1]
         total = self._total(a.value, (n, to, x), cost, used, epoch[:, None])
         ok &= self._within(total, upper)
         has_room = log.count + self.per_turn <= log.cost.shape[0]
@@ -296,7 +303,7 @@ class _Search:
 
         place = n * self.clusters + to
         cell = self._cell(place, x, jnp.minimum(used, TICKS), epoch[:, None])
-        rank = total[..., MIDDLE] if self.guided else cost
+        rank = total[..., a.guide] if self.guided else cost
         ok &= rank < key[cell]
         key = key.at[jnp.where(ok, cell, self.cells)].min(rank, mode="drop")
         ok &= key[cell] == rank

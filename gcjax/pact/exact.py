@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from gcjax.pact.graph import SLACK, TICKS, Bounds, Graph, bounds, build
+from gcjax.pact.graph import MIDDLE, SLACK, TICKS, Bounds, Graph, bounds, build
 from gcjax.pact.problem import Problem
 from gcjax.pact.schedule import (
     TOLERANCE,
@@ -253,7 +253,6 @@ def _trace(labels: list[_Label], i: int) -> list[tuple[int, int]]:
 
 def labels(
     graph: Graph,
-    bound: Bounds,
     upper_j: float = math.inf,
     limit_s: float = math.inf,
     progress: bool = False,
@@ -262,21 +261,46 @@ def labels(
 
     `max_epochs` is first ignored; only where the optimum then has too many epochs is
     it heeded, at the price of dominance in epochs too.
+
+    Args:
+      graph: What is searched.
+      upper_j: Energy of a known plan; one as good as it is still found.
+      limit_s: Wall clock after which to stop.
+      progress: Show a progress bar.
     """
     options = dict(limit_s=limit_s, progress=progress)
-    found = search(graph, bound, upper_j, capped=False, **options)
-    if found.choices is None or len(found.choices) <= graph.problem.max_epochs:
-        return found
+    upper_j *= 1 + 1e-7
+    free = Search(None, False, 0.0, 0)
+    bound = bounds(graph, bins=bound_bins(graph))
+    cap = graph.problem.max_epochs
+    if bound.weights[MIDDLE, 2] * cap * bound.energy_unit_j < 1e-3 * bound.root_j:
+        loose = bounds(graph, capped=False, bins=bound_bins(graph))
+        free = search(graph, loose, upper_j, capped=False, **options)
+        if free.choices is None or len(free.choices) <= cap:
+            return free
     capped = search(graph, bound, upper_j, **options)
-    return replace(capped, lower_j=max(capped.lower_j, found.lower_j))
+    return replace(
+        capped,
+        lower_j=max(capped.lower_j, free.lower_j),
+        labels=capped.labels + free.labels,
+    )
 
 
-def fastest(graph: Graph, bound: Bounds, limit_s: float = math.inf) -> Search:
+def bound_bins(graph: Graph, floats: int = 1 << 23) -> int:
+    """Bins of progress, a power of two, with which bounds have so many numbers."""
+    bins = floats // (12 * graph.energy_j.shape[0] * graph.energy_j.shape[1])
+    # Epochs of a plan with few lead over many points anyway.
+    bins = min(max(bins, 512), 16384, 64 * graph.problem.max_epochs)
+    return 1 << (bins.bit_length() - 1)
+
+
+def fastest(graph: Graph, limit_s: float = math.inf) -> Search:
     """A plan that meets the target in the least time, whatever its energy."""
-    found = search(graph, bound, capped=False, energy_free=True, limit_s=limit_s)
+    options = dict(energy_free=True, limit_s=limit_s)
+    found = search(graph, bounds(graph, capped=False), capped=False, **options)
     if found.choices is None or len(found.choices) <= graph.problem.max_epochs:
         return found
-    return search(graph, bound, energy_free=True, limit_s=limit_s)
+    return search(graph, bounds(graph), **options)
 
 
 def refuse(problem: Problem, limit_s: float = 60.0) -> None:
@@ -294,7 +318,7 @@ def refuse(problem: Problem, limit_s: float = 60.0) -> None:
         if max_loss >= problem.start_loss:
             return 0.0
         graph = build(changed)
-        found = fastest(graph, bounds(graph), max(stop - time.monotonic(), 1e-3))
+        found = fastest(graph, max(stop - time.monotonic(), 1e-3))
         if not found.complete:
             raise NoneFoundError(
                 f"no plan was found for a loss of {max_loss:.4g} in {deadline_s:.4g} s "

@@ -1,4 +1,4 @@
-"""The time-expanded graph of a problem: coordinates, actions worth taking, bounds.
+"""The time-expanded graph of a problem: coordinates, useful actions, bounds.
 
 **Coordinates.** Within a version an epoch adds its effective samples, whatever the loss:
 in *progress* X = phi_m^-1(loss) the loss map is a shift. So a vertex holds progress and
@@ -7,14 +7,14 @@ of loss. Progress runs from that of `top_loss` to that of `max_loss`, in `TICKS`
 ticks; time from 0 to the deadline likewise. Progress is rounded down and time up, so
 that what is feasible in ticks is feasible, and K epochs lose K / TICKS of the range.
 
-**Actions.** One action replaces another where it costs no more energy and time, gains no
-less, and leads to a place from where every following action is so much as cheap that
-nothing is lost. Replaced actions are dropped; that never changes the optimum.
+**Actions.** One action replaces another where it costs no more energy and time, gains
+no less, and leads to a place from where every following action is so much as cheap
+that nothing is lost. Replaced actions are dropped; that never changes the optimum.
 
-**Completion bounds.** V_w(version, cluster, progress) bounds from below w_E energy + w_T
-time + w_K epochs that are still needed, for several weights w: one backward pass over a
-grid of progress with every epoch rounded *up* to the grid. With an energy U that some
-plan is known to reach, a partial plan can be dropped as soon as
+**Completion bounds.** V_w(version, cluster, progress) bounds from below w_E energy +
+w_T time + w_K epochs that are still needed, for several weights w: one backward pass
+over a grid of progress with every epoch rounded *up* to the grid. With an energy U that
+some plan is known to reach, a partial plan can be dropped as soon as
 
     w_E E + w_T t + w_K k + V_w > w_E U + w_T deadline + w_K max_epochs  for any w.
 
@@ -229,7 +229,7 @@ MIDDLE = 7  # the weight whose bound on whole plans is the highest
 
 def estimate(graph: Graph, bins: int = 1024) -> Bounds:
     """Completion bounds that are nearly right, but not proved; see `_backward`."""
-    centre = np.array([1 / max(_unit_s(graph), 1e-9), 0.1])
+    centre = np.array([1 / units(graph)[1], 0.1])
     # Multipliers of deadline and epochs: from those that make a typical epoch's time,
     # or the epoch itself, as dear as its energy, uphill to the highest bound.
     for size, factor in [*_SEARCH, (bins, 2.0)]:
@@ -245,7 +245,7 @@ def bounds(graph: Graph, capped: bool = True, bins: int = BOUND_BINS) -> Bounds:
       capped: Heed `max_epochs`; otherwise it has no multiplier.
       bins: Points of progress; rounding up to them loosens the bounds.
     """
-    centre = np.array([1 / max(_unit_s(graph), 1e-9), 0.1 if capped else 0.0])
+    centre = np.array([1 / units(graph)[1], 0.1 if capped else 0.0])
     for size, factor in _SEARCH:
         found, centre = _pass(graph, size, centre, factor, proved=False)
     return _pass(graph, bins, centre, 2.0, proved=True)[0]
@@ -256,16 +256,19 @@ _SEARCH = [(512, f) for f in (30, 10, 10, 5, 3, 3, 2, 2, 1.5, 1.3)]
 _AROUND = np.stack(np.meshgrid([-1.0, 0, 1], [-1.0, 0, 1]), -1).reshape(9, 2)
 
 
-def _unit_s(graph: Graph) -> float:
-    """A typical epoch's time, as a share of the deadline."""
-    seconds = graph.seconds[np.isfinite(graph.energy_j)]
-    return float(np.median(seconds)) / graph.problem.deadline_s
+def units(graph: Graph) -> tuple[float, float]:
+    """A typical epoch's energy in joules, and its time as a share of the deadline."""
+    possible = np.isfinite(graph.energy_j)
+    if not possible.any():
+        return 1.0, 1.0
+    energy = float(np.median(graph.energy_j[possible]))
+    time = float(np.median(graph.seconds[possible])) / graph.problem.deadline_s
+    return max(energy, 1e-30), max(time, 1e-9)
 
 
 def _pass(graph: Graph, bins: int, centre: np.ndarray, factor: float, proved: bool):
     """Bounds for nine pairs of multipliers around one; and the best pair."""
-    finite = np.isfinite(graph.energy_j)
-    unit_j = max(float(np.median(graph.energy_j[finite])), 1e-30)
+    unit_j, _ = units(graph)
     around = centre * factor**_AROUND
     weights = np.zeros((12, 3), np.float32)
     weights[:3] = np.eye(3)
@@ -276,6 +279,7 @@ def _pass(graph: Graph, bins: int, centre: np.ndarray, factor: float, proved: bo
     root = np.asarray(value[(*graph.tables.start, at)], float) * (1 - SLACK)
     lower = root[3:] - around @ [1, graph.problem.max_epochs]
     root_j, proof = max(0.0, root[0], lower.max()) * unit_j, ""
+    proved |= bool(np.isinf(root[1]))  # no sequence of epochs leads there
     if proved and root[1] > 1:
         proof = "the deadline is too short even for the fastest epochs"
     elif proved and root[2] > graph.problem.max_epochs:
@@ -285,6 +289,7 @@ def _pass(graph: Graph, bins: int, centre: np.ndarray, factor: float, proved: bo
 
 
 def start_ticks(graph: Graph) -> int:
+    """Progress in ticks at the start."""
     m = graph.tables.start[0]
     curve = graph.problem.versions[m].curve
     return int(graph.ticks(m, float(curve.progress(graph.problem.start_loss))))
