@@ -1,6 +1,6 @@
 """The time-expanded graph of a problem: coordinates, useful actions, bounds.
 
-**Coordinates.** Within a version an epoch adds its effective samples, whatever the loss:
+**Coordinates.** Within a version an epoch adds its effective samples at any loss:
 in *progress* X = phi_m^-1(loss) the loss map is a shift. So a vertex holds progress and
 not loss, no solver evaluates a curve in its inner loop, and a bin of progress is a bin
 of loss. Progress runs from that of `top_loss` to that of `max_loss`, in `TICKS` integer
