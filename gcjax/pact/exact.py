@@ -96,7 +96,7 @@ def search(
       upper_j: Energy that some plan is known to reach; looks for no dearer ones.
       capped: Heed `max_epochs`, in dominance too. Without, it is ignored.
       energy_free: Take all energies for zero and search in order of time.
-      limit_s: Wall clock after which to stop.
+      limit_s: Processor time after which to stop.
       progress: Show a progress bar.
     """
     problem, tables = graph.problem, graph.tables
@@ -119,7 +119,7 @@ def search(
     (m, c), loss = tables.start, problem.start_loss
     labels = [_Label(0.0, 0.0, loss, m, c, 0, -1, None)]
     heap, expanded, best = [(0.0, 0, 0.0)], 0, None
-    stop = time.monotonic() + limit_s
+    stop = time.process_time() + limit_s
     with tqdm(disable=not progress, unit=" labels", desc="labels") as bar:
         while heap:
             key, i, _ = heapq.heappop(heap)
@@ -133,7 +133,7 @@ def search(
             expanded += 1
             if expanded % 1024 == 0:
                 bar.update(1024)
-                if time.monotonic() > stop:
+                if time.process_time() > stop:
                     lower = min(f for _, _, f in [*heap, (key, i, key)])
                     lower = max(lower * bound.energy_unit_j, bound.root_j)
                     return Search(best, False, lower, expanded)
@@ -265,7 +265,7 @@ def labels(
     Args:
       graph: What is searched.
       upper_j: Energy of a known plan; one as good as it is still found.
-      limit_s: Wall clock after which to stop.
+      limit_s: Processor time after which to stop.
       progress: Show a progress bar.
     """
     options = dict(limit_s=limit_s, progress=progress)
@@ -310,7 +310,7 @@ def refuse(problem: Problem, limit_s: float = 60.0) -> None:
       InfeasibleError: with the least time for the loss, and the least loss in time.
       NoneFoundError: where `limit_s` did not suffice to find these.
     """
-    stop = time.monotonic() + limit_s
+    stop = time.process_time() + limit_s
 
     def least_time(max_loss: float, deadline_s: float) -> float | None:
         """Seconds to a loss; None: not within the deadline."""
@@ -318,7 +318,7 @@ def refuse(problem: Problem, limit_s: float = 60.0) -> None:
         if max_loss >= problem.start_loss:
             return 0.0
         graph = build(changed)
-        found = fastest(graph, max(stop - time.monotonic(), 1e-3))
+        found = fastest(graph, max(stop - time.process_time(), 1e-3))
         if not found.complete:
             raise NoneFoundError(
                 f"no plan was found for a loss of {max_loss:.4g} in {deadline_s:.4g} s "

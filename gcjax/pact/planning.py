@@ -53,7 +53,7 @@ def plan(
       resolution: For bucket and grid, bins of progress (for grid: of loss) and of
         time, powers of two; None chooses them, and refines until the answer settles.
         For cost_scaled, the relative error allowed, 0.1 by default.
-      limit_s: Wall clock for labels, and for the proof that no plan exists.
+      limit_s: Processor time for labels, and for the proof that no plan exists.
       progress: Show progress bars.
 
     Returns:
@@ -66,7 +66,7 @@ def plan(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
-    begun = time.monotonic()
+    begun = time.process_time()
     if problem.start_loss <= problem.max_loss:
         return replay(problem, [], solver=solver)
     if solver == "brute_force":
@@ -83,7 +83,7 @@ def plan(
             found = _labels(graph, limit_s, progress)
     if found is None:
         found = _last_resort(problem, solver, limit_s)
-    return dataclasses.replace(found, solver_s=time.monotonic() - begun)
+    return dataclasses.replace(found, cpu_s=time.process_time() - begun)
 
 
 def lower_bound(problem: Problem, floats: int = 1 << 24) -> float:

@@ -35,7 +35,7 @@ class Plan:
       joules: In all.
       solver: That found it.
       lower_bound_j: Energy that no plan can stay below, as far as proved.
-      solver_s: Wall clock of the search, compilation included.
+      cpu_s: Processor time of the search, compilation included.
       labels: Partial plans looked at.
       resolution: Bins of loss and time, where the solver has such.
     """
@@ -46,7 +46,7 @@ class Plan:
     joules: float
     solver: str
     lower_bound_j: float = 0.0
-    solver_s: float = 0.0
+    cpu_s: float = 0.0
     labels: int = 0
     resolution: tuple[int, int] | None = None
 
