@@ -77,26 +77,21 @@ class Log(NamedTuple):
 
 
 def arrays(
-    graph: Graph, bound: Bounds, upper_j: float, bins: tuple[int, int, int]
+    graph: Graph,
+    bound: Bounds,
+    upper_j: float,
+    bins: tuple[int, int, int],
+    snap: bool = False,
 ) -> Arrays:
     """Arrays for `solve`, energies as costs and times as what is used."""
     problem, tables = graph.problem, graph.tables
     tick = (graph.high - graph.low)[:, None, None] / TICKS
     step = np.floor(np.minimum(graph.progress / tick, TICKS))
     # Uniform in loss, as they were first described, and not in progress.
-    edges = np.stack(
-        [
-            graph.ticks(
-                m,
-                v.curve.progress(
-                    np.linspace(problem.top_loss, problem.max_loss, bins[0] + 1)
-                ),
-            )
-            if graph.reachable[m]
-            else np.zeros(bins[0] + 1)
-            for m, v in enumerate(problem.versions)
-        ]
-    )
+    losses = np.linspace(problem.top_loss, problem.max_loss, bins[0] + 1 if snap else 2)
+    edges = np.zeros((len(problem.versions), len(losses)), np.int32)
+    for m in np.flatnonzero(graph.reachable):
+        edges[m] = graph.ticks(m, problem.versions[m].curve.progress(losses))
     weights = np.asarray(bound.weights, np.float64)
     fixed = weights @ [0.0, 1.0, problem.max_epochs]
     allowed = graph.allowed()[..., None]
@@ -110,7 +105,7 @@ def arrays(
         ticks(tables.switch_s / problem.deadline_s),
         graph.switch_ticks(KNOTS, up=False).astype(np.int32),
         graph.goal,
-        edges.astype(np.int32),
+        edges,
         bound.weights,
         np.float32(fixed * (1 + SLACK)),
         bound.value,

@@ -168,8 +168,11 @@ class _Expansion:
         self.value, self.stay = self.value[..., self.used], self.stay[..., self.used]
         self.unit_j = bound.energy_unit_j
         self.switch = -(-graph.switch_ticks(self.bins, up=True) * self.bins // TICKS)
-        self.energy_j = np.zeros_like(graph.energy_j) if energy_free else graph.energy_j
-        self.switch_j = 0 * tables.switch_s if energy_free else tables.switch_j
+        # Impossible actions come last and are not looked at; impossible switches are
+        # known by `exists`.
+        free = 0.0 if energy_free else 1.0
+        self.energy_j = free * np.where(graph.energy_j < np.inf, graph.energy_j, 0)
+        self.switch_j = free * np.where(tables.switch_j < np.inf, tables.switch_j, 0)
         self.exists = np.isfinite(tables.switch_j)
         self.count = np.isfinite(graph.energy_j).sum(-1)
         self.range = graph.high - graph.low
@@ -297,10 +300,12 @@ def bound_bins(graph: Graph, floats: int = 1 << 23) -> int:
 def fastest(graph: Graph, limit_s: float = math.inf) -> Search:
     """A plan that meets the target in the least time, whatever its energy."""
     options = dict(energy_free=True, limit_s=limit_s)
-    found = search(graph, bounds(graph, capped=False), capped=False, **options)
+    bins = bound_bins(graph)
+    loose = bounds(graph, capped=False, bins=bins)
+    found = search(graph, loose, capped=False, **options)
     if found.choices is None or len(found.choices) <= graph.problem.max_epochs:
         return found
-    return search(graph, bounds(graph), **options)
+    return search(graph, bounds(graph, bins=bins), **options)
 
 
 def refuse(problem: Problem, limit_s: float = 60.0) -> None:

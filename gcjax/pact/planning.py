@@ -21,7 +21,7 @@ from gcjax.pact.problem import Problem
 from gcjax.pact.schedule import NoneFoundError, Plan, feasible, replay
 
 SOLVERS = ("bucket", "grid", "cost_scaled", "labels", "brute_force")
-CAPACITY = 1 << 20  # labels of one run
+CAPACITIES = 1 << 16, 1 << 20  # labels of one run: at first, and at most
 _LABELS = 1_000_000  # after which a plan is not improved further
 # Labels of a cell are ranked by bounds that price time and epochs: few bins of these
 # are enough. Bins of progress decide; many problems need no more than the first.
@@ -153,7 +153,8 @@ def _bucket(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
     count, largest = 0, _FINEST
     while True:
         known = best.joules if best else np.inf
-        upper = min(known, bound.root_j * (1 + window))
+        reach = bound.root_j * (1 + window) if window < np.inf else np.inf
+        upper = min(known, reach)
         log = _run(graph, bound, upper, _three(graph, bound, bins))
         count += int(log.count)
         gain = -1.0
@@ -167,15 +168,15 @@ def _bucket(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
         settled = upper >= known and gain < _SETTLED
         if best and count > _LABELS:
             break
-        if fixed is not None and (gain >= 0 or log.full or window > 64):
+        if fixed is not None and (gain >= 0 or log.full or window == np.inf):
             break
         if log.full and bins[0] > _COARSEST:
             largest = bins[0] // 2
             bins = largest, bins[1]
             if gain >= 0 or (best and settled):
                 break  # the coarser one has been tried
-        elif gain < 0 and upper < known and window < 64:
-            window *= 2  # nothing is so cheap
+        elif gain < 0 and upper < known and window < np.inf:
+            window = 2 * window if window < 0.5 else np.inf  # nothing is so cheap
         elif (settled and bins[0] > _FIRST[0]) or 2 * bins[0] > largest:
             break
         else:
@@ -183,9 +184,16 @@ def _bucket(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
     return dataclasses.replace(best, labels=count) if best else None
 
 
-def _run(graph: Graph, bound: Bounds, upper_j: float, bins, **options) -> cells.Log:
-    a = cells.arrays(graph, bound, upper_j * (1 + 1e-6), bins)
-    log = cells.solve(jax.device_put(a), CAPACITY, **options)
+def _run(
+    graph: Graph, bound: Bounds, upper_j: float, bins, snap: bool = False, **options
+) -> cells.Log:
+    """Works off the queue, with more room where the first log overflows."""
+    a = cells.arrays(graph, bound, upper_j * (1 + 1e-6), bins, snap)
+    a = jax.device_put(a)
+    for capacity in CAPACITIES:
+        log = cells.solve(a, capacity, snap=snap, **options)
+        if not log.full:
+            break
     return jax.device_get(log)
 
 
@@ -266,7 +274,7 @@ def frontier(
         raise ValueError(f"a frontier is for 'bucket' or 'grid', got {solver!r}")
     bins = _check_bins(resolution)
     graph = build(problem)
-    a = _everything(graph, bins)
+    a = _everything(graph, bins, solver == "grid")
     log = jax.device_get(
         cells.solve(
             jax.device_put(a),
@@ -283,13 +291,14 @@ def frontier(
     return _surface(graph, log, bins)
 
 
-def _everything(graph: Graph, bins: tuple[int, int]) -> cells.Arrays:
+def _everything(graph: Graph, bins: tuple[int, int], snap: bool) -> cells.Arrays:
     """Arrays that drop no label but the late ones."""
     weights = np.zeros((1, 3), np.float32)
     size, clusters, _ = graph.energy_j.shape
     table = np.zeros((size, clusters, 2, 1), np.float32)
     bound = Bounds(weights, table, table, units(graph)[0], 0.0, "")
-    return cells.arrays(graph, bound, np.inf, (*bins, 1))._replace(guide=np.int32(0))
+    a = cells.arrays(graph, bound, np.inf, (*bins, 1), snap)
+    return a._replace(guide=np.int32(0))
 
 
 def _surface(graph: Graph, log: cells.Log, bins: tuple[int, int]):

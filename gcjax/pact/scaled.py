@@ -92,7 +92,7 @@ def _within(
 def _exchanged(graph: Graph, bound: Bounds, budget_j: float, bins) -> cells.Arrays:
     """Arrays with time as what cells minimise, and energy as what they divide."""
     problem, tables = graph.problem, graph.tables
-    a = cells.arrays(graph, bound, np.inf, bins)
+    a = cells.arrays(graph, bound, np.inf, bins, snap=True)
     units = _TIME_UNITS / problem.deadline_s
     budget = budget_j / bound.energy_unit_j
 
