@@ -127,3 +127,19 @@ def test_bounds_hold_for_random_plans():
         checked += 1
         assert bound <= best.joules * (1 + 1e-9)
     assert checked > 5
+
+
+def test_more_gradient_levels_never_cost_more():
+    ones = (1.0, 1.0)
+    none = pact.GradientLevel("none", ones, ones, ones)
+    few = pact.GradientLevel("few", (0.1, 0.1), ones, (0.9, 0.8), 0.1, 0.1)
+    used = 0
+    for seed in range(800, 812):
+        alone = small(seed, 2, 2, 4, levels=(none,))
+        both = dataclasses.replace(alone, gradient_levels=(none, few))
+        joint, separate = exact.brute_force(both), joules_or_inf(alone)
+        assert joules_or_inf(both) == pytest.approx(joint.joules if joint else np.inf)
+        if joint:
+            assert joint.joules <= separate * (1 + 1e-9)
+            used += any(step.level == "few" for step in joint.steps)
+    assert used > 0
