@@ -32,6 +32,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.deadlines = (0.2, 0.5, 0.8)
     # Processor seconds that labels may take.
     config.labels_s = 6.0
+    # Grid, which is far off and takes up to half a minute, only on so many clusters.
+    config.grid_clusters = 5
     # Relative errors of the predictor, on the middle deadlines.
     config.errors = (0.05, 0.1, 0.2)
     if arg == "quick":

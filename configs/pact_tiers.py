@@ -5,7 +5,7 @@ together; three versions of a network; top-k as a choice where gradients are exc
 All numbers are made up, of the order of data sheets.
 
 Command: python scripts/pact_plan.py --config=configs/pact_tiers.py
-Other targets: the same with --config.deadline_s=60 --config.max_loss=0.7
+Other targets: the same with --config.deadline_s=90 --config.max_loss=0.7
 Expected: a plan that leaves the full model after the first epochs; printed as a table.
 Time: seconds.
 """
@@ -95,8 +95,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # Of an untrained model.
     config.top_loss = TOP_LOSS
     # The target.
-    config.max_loss = 0.8
-    config.deadline_s = 120.0
+    config.max_loss = 0.6
+    config.deadline_s = 60.0
     config.max_epochs = 100
     # Shares of its data that a cluster may train on in an epoch.
     config.data_fractions = (0.5, 1.0)

@@ -83,8 +83,9 @@ def test_scenarios_vary_and_wrong_predictors_stay_legal():
     for kind in pact.KINDS:
         problem = pact.scenario(kind, 3, 6, 10, 0)
         tables = pact.tabulate(problem)
-        rates = tables.seconds[0, 0] / tables.progress[0, 0]
-        joules = tables.energy_j[0, 0] / tables.progress[0, 0]
+        there = tables.possible[0, 0]
+        rates = tables.seconds[0, 0][there] / tables.progress[0, 0][there]
+        joules = tables.energy_j[0, 0][there] / tables.progress[0, 0][there]
         # The fastest action is not the most frugal one.
         assert rates.argmin() != joules.argmin()
         wrong = pact.perturbed(problem, 0.2, 1)

@@ -13,19 +13,19 @@ from gcjax.pact import cells, exact, graph, planning, scaled
 
 @functools.cache
 def problems():
-    """Problems of some ten epochs with their optimum, all feasible."""
+    """Problems of three to sixteen epochs with their optimum, of one shape."""
     found = []
-    for seed in range(700, 760):
-        problem = small(seed, 1 + seed % 3, 3, 12)
-        if problem.start_loss <= problem.max_loss:
-            continue
+    for seed in range(700, 717):
+        problem = small(seed, 2, 3, 12)
+        problem = problem.with_target(
+            max_loss=0.62, deadline_s=3 * problem.deadline_s, max_epochs=16
+        )
         best = exact.labels(graph.build(problem))
         assert best.complete
         if best.choices is not None:
             found.append((problem, pact.replay(problem, best.choices).joules))
-        if len(found) == 16:
-            return found
-    raise AssertionError("too few feasible problems")
+    assert len(found) > 12
+    return found
 
 
 def test_bucket_is_near_the_optimum_and_never_below():
@@ -41,9 +41,9 @@ def test_bucket_is_near_the_optimum_and_never_below():
 def test_grid_is_feasible_never_below_and_within_its_proved_bound():
     """E <= OPT(max_loss - K delta_loss, deadline - K delta_time), K epochs."""
     bounded = 0
-    for problem, best in problems()[:8]:
+    for problem, best in problems()[:6]:
         previous = np.inf
-        for bins in ((256, 256), (1024, 1024)):
+        for bins in ((512, 256), (1024, 1024)):
             lost = problem.max_epochs * (problem.top_loss - problem.max_loss) / bins[0]
             tightened = problem.with_target(
                 max_loss=problem.max_loss - lost,

@@ -176,8 +176,8 @@ def _worse_places(tables: Tables, m: int) -> tuple[np.ndarray, np.ndarray]:
             ).any():
                 more_j[a, b] = more_s[a, b] = np.inf if a != b else 0
             elif there.any():
-                more_j[a, b] = max(0, (joules[:, b] - joules[:, a])[there].max())
-                more_s[a, b] = max(0, (seconds[:, b] - seconds[:, a])[there].max())
+                for more, cost in ((more_j, joules), (more_s, seconds)):
+                    more[a, b] = max(0, (cost[:, b][there] - cost[:, a][there]).max())
     return more_j, more_s
 
 
