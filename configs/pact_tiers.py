@@ -1,4 +1,4 @@
-"""Question: when to prune, and when to leave the cloud, on three small tiers?
+"""Question: how far to prune, and when to go from fast nodes to frugal ones?
 
 A phone (slow, frugal, holds no full model), an edge box and a cloud server, alone and
 together; three versions of a network; top-k as a choice where gradients are exchanged.
@@ -6,7 +6,8 @@ All numbers are made up, of the order of data sheets.
 
 Command: python scripts/pact_plan.py --config=configs/pact_tiers.py
 Other targets: the same with --config.deadline_s=90 --config.max_loss=0.7
-Expected: a plan that leaves the full model after the first epochs; printed as a table.
+Expected: the smallest version, first on the edge and then, as far as the deadline
+allows, on the phone: 605 J in 57 s, printed as a table.
 Time: seconds.
 """
 
