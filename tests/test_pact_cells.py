@@ -70,7 +70,7 @@ def test_grid_is_within_its_proved_bound_and_never_below_the_optimum():
 
 def test_grid_plans_are_feasible():
     problem, best = problems()[3]
-    plan = pact.plan(problem, "grid", (128, 256))
+    plan = pact.plan(problem, "grid", (64, 64))
     assert pact.feasible(problem, plan) and plan.joules >= best * (1 - 1e-9)
 
 
