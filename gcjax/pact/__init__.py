@@ -1,0 +1,75 @@
+"""PACT: how much to compress the model, when, and where to train it.
+
+    problem = gcjax.pact.from_config(config)
+    plan = gcjax.pact.plan(problem)
+
+Read `problem.py` first, then `graph.py`; `planning.py` says when to use which solver.
+"""
+
+from gcjax.pact.baselines import BASELINES
+from gcjax.pact.planning import SOLVERS, frontier, lower_bound, plan
+from gcjax.pact.predictor import (
+    Exponential,
+    Jump,
+    PowerLaw,
+    fit_curve,
+    fit_jump,
+    next_loss,
+)
+from gcjax.pact.problem import (
+    Cluster,
+    GradientLevel,
+    Link,
+    ModelVersion,
+    Node,
+    Problem,
+    Switch,
+    from_config,
+)
+from gcjax.pact.scenarios import KINDS, perturbed, scenario
+from gcjax.pact.schedule import (
+    InfeasibleError,
+    NoneFoundError,
+    Plan,
+    Step,
+    feasible,
+    replay,
+)
+from gcjax.pact.tables import Tables, tabulate
+
+__all__ = [
+    # the problem
+    "Problem",
+    "Node",
+    "Link",
+    "Cluster",
+    "ModelVersion",
+    "Switch",
+    "GradientLevel",
+    "from_config",
+    "tabulate",
+    "Tables",
+    # the predictor
+    "PowerLaw",
+    "Exponential",
+    "Jump",
+    "next_loss",
+    "fit_curve",
+    "fit_jump",
+    # plans
+    "plan",
+    "frontier",
+    "lower_bound",
+    "replay",
+    "feasible",
+    "Plan",
+    "Step",
+    "InfeasibleError",
+    "NoneFoundError",
+    "SOLVERS",
+    "BASELINES",
+    # synthetic problems
+    "scenario",
+    "perturbed",
+    "KINDS",
+]

@@ -1,0 +1,200 @@
+"""The next loss: curves over effective progress, and jumps at a switch.
+
+Every version has a curve, loss = phi(X), over *effective samples* X. The loss alone is
+the state: from a loss l follows X = phi^-1(l), an epoch adds x, and the next loss is
+phi(X + x). Such a map is non-decreasing and 1-Lipschitz in l by construction, because
+phi falls and flattens out; both are what the bounds on rounding rest on.
+
+A switch adds a jump J(l) >= 0 with slope in [-1, 0], so that l + J(l) has slope in
+[0, 1]. Below a version's floor nothing moves: a model that came there from a larger
+version is stalled.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """loss = floor + scale * X ** -exponent, X > 0 effective samples."""
+
+    floor: float  # loss that more samples never go below
+    scale: float  # loss above the floor at X = 1
+    exponent: float
+
+    def __post_init__(self):
+        _check("power law", self.floor, scale=self.scale, exponent=self.exponent)
+
+    def loss(self, progress: np.ndarray | float) -> np.ndarray:
+        """Loss after `progress` effective samples."""
+        with np.errstate(divide="ignore"):
+            return self.floor + self.scale * np.power(progress, -self.exponent)
+
+    def progress(self, loss: np.ndarray | float) -> np.ndarray:
+        """Effective samples that lead to `loss`; infinite at the floor and below."""
+        above = np.maximum(np.asarray(loss, float) - self.floor, 0)
+        with np.errstate(divide="ignore"):
+            return np.power(above / self.scale, -1 / self.exponent)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """loss = floor + scale * exp(-rate * X), X in effective samples, of any sign."""
+
+    floor: float
+    scale: float
+    rate: float  # per effective sample
+
+    def __post_init__(self):
+        _check("exponential", self.floor, scale=self.scale, rate=self.rate)
+
+    def loss(self, progress: np.ndarray | float) -> np.ndarray:
+        """Loss after `progress` effective samples."""
+        return self.floor + self.scale * np.exp(-self.rate * np.asarray(progress))
+
+    def progress(self, loss: np.ndarray | float) -> np.ndarray:
+        """Effective samples that lead to `loss`; infinite at the floor and below."""
+        above = np.maximum(np.asarray(loss, float) - self.floor, 0)
+        with np.errstate(divide="ignore"):
+            return -np.log(above / self.scale) / self.rate
+
+
+@dataclass(frozen=True)
+class Jump:
+    """J(l) = height * (1 - exp(-rate * (top - l))), 0 above `top`.
+
+    The better the model, the more it has to lose. `height * rate <= 1` keeps the slope
+    of J above -1 and l + J below `top`.
+    """
+
+    height: float  # the most that is lost
+    rate: float  # per unit of loss
+    top: float  # loss of an uninformed model
+
+    def __post_init__(self):
+        for name in ("height", "rate", "top"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"jump: {name} must be a number >= 0, got {value}")
+        if self.height * self.rate > 1 + 1e-9:
+            raise ValueError(
+                f"jump: height * rate is {self.height * self.rate:.3g}, above 1: a "
+                "better model would be worse off after the switch"
+            )
+
+    def after(self, loss: np.ndarray | float) -> np.ndarray:
+        """Loss right after the switch."""
+        below = np.maximum(self.top - np.asarray(loss, float), 0)
+        return loss - self.height * np.expm1(-self.rate * below)
+
+
+def next_loss(
+    curve: PowerLaw | Exponential, loss: np.ndarray | float, samples: float
+) -> np.ndarray:
+    """Loss after `samples` more effective samples; unchanged at or below the floor."""
+    later = curve.loss(curve.progress(loss) + samples)
+    return np.where(np.asarray(loss) <= curve.floor, loss, later)
+
+
+def fit_curve(
+    samples: np.ndarray, losses: np.ndarray, kind: str = "power"
+) -> tuple[PowerLaw | Exponential, float]:
+    """Fits a curve to one run by bounded least squares on the logarithm of the loss.
+
+    Args:
+      samples: [n] samples seen, n >= 4, strictly increasing and positive.
+      losses: [n] losses, positive.
+      kind: "power", loss = floor + scale * (X + shift)^-exponent, or "exponential".
+
+    Returns:
+      The curve and the root mean square of the logarithmic residuals. The shift is
+      fitted but not kept: a plan starts from a loss, not from a number of samples.
+
+    Raises:
+      ValueError: for too few, unordered or non-finite points, or an unknown kind.
+    """
+    x, y = (np.asarray(v, float) for v in (samples, losses))
+    if kind not in ("power", "exponential"):
+        raise ValueError(f"kind must be 'power' or 'exponential', got {kind!r}")
+    if x.shape != y.shape or x.ndim != 1 or x.size < 4:
+        raise ValueError(
+            f"a fit needs at least 4 samples and as many losses, got {x.shape} and "
+            f"{y.shape}"
+        )
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and (y > 0).all()):
+        raise ValueError("the profile holds losses that are not finite and positive")
+    if x[0] <= 0 or (np.diff(x) <= 0).any():
+        raise ValueError("samples must be positive and strictly increasing")
+    unit, low, span = x[-1], y.min(), max(np.ptp(y), 1e-6 * y.max())
+    power = kind == "power"
+
+    def curve_of(p):
+        floor, above, bend = p[:3]
+        if power:  # `above` is the height over the floor at X = unit
+            return PowerLaw(floor, above * unit**bend, bend)
+        return Exponential(floor, above, bend / unit)
+
+    def residuals(p):
+        shift = p[3] * unit if power else 0.0
+        return np.log(curve_of(p).loss(x + shift)) - np.log(y)
+
+    # The floor lies under the lowest loss; nothing else is known of it.
+    lower = [1e-9 * low, 1e-6 * span, 0.05 if power else 1e-3]
+    upper = [low, 1e3 * span, 4.0 if power else 1e3]
+    starts = [0.9, 0.5, 0.1]
+    if power:
+        lower, upper = [*lower, 0.0], [*upper, 10.0]
+    best = None
+    for share in starts:  # the floor's scale is poorly determined: several starts
+        p0 = [share * low, span if not power else 0.3 * span, 1.0 if not power else 0.5]
+        p0 += [0.01] if power else []
+        p0 = np.clip(p0, np.array(lower) * 1.001, np.array(upper) * 0.999)
+        found = least_squares(residuals, p0, bounds=(lower, upper), x_scale=upper)
+        if best is None or found.cost < best.cost:
+            best = found
+    return curve_of(best.x), float(np.sqrt(np.mean(best.fun**2)))
+
+
+def fit_jump(before: np.ndarray, after: np.ndarray, top: float) -> Jump:
+    """Fits a jump to checkpoints that were compressed at several losses.
+
+    Args:
+      before: [n] losses before the switch.
+      after: [n] losses right after it, without training.
+      top: Loss of an uninformed model.
+
+    Raises:
+      ValueError: for no points, or points that are not finite.
+    """
+    x, y = (np.asarray(v, float) for v in (before, after))
+    if x.shape != y.shape or x.ndim != 1 or not x.size:
+        raise ValueError(f"need as many losses after as before: {x.shape}, {y.shape}")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("the profile holds jumps that are not finite")
+    # Pruning sometimes helps, and sometimes leads above the uninformed loss. Neither
+    # is offered to a planner: it would prune for the gain, or stop being monotone.
+    rise = np.clip(y, x, top) - x
+
+    def residuals(p):
+        # Parameters height and height * rate: the constraint becomes a bound.
+        return Jump(p[0], p[1] / p[0], top).after(x) - x - rise
+
+    spread = max(top - x.min(), 1e-6)
+    found = least_squares(
+        residuals,
+        [max(rise.max(), 1e-3 * spread), 0.5],
+        bounds=([1e-6 * spread, 0.0], [10 * spread, 1.0]),
+        x_scale=[spread, 1.0],
+    )
+    return Jump(float(found.x[0]), float(found.x[1] / found.x[0]), top)
+
+
+def _check(kind: str, floor: float, **positive: float) -> None:
+    if not (math.isfinite(floor) and floor >= 0):
+        raise ValueError(f"{kind}: floor must be a number >= 0, got {floor}")
+    for name, value in positive.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{kind}: {name} must be a number above 0, got {value}")

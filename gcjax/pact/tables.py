@@ -1,0 +1,242 @@
+"""A problem as arrays: what each action costs, and how far it leads.
+
+An action of one epoch is: compress the model to version m at the coordinator that holds
+it, hand it over to the coordinator of a cluster, train there on a fraction of the data,
+with gradients compressed to a level. Because compression happens before the hand-over,
+an epoch's cost splits into a *switch*, which depends on both versions and the holder,
+and the *rest*, which depends on the new version, the holder and the action. That is
+what the tables hold; per (state, action) pairs they would be M times larger.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gcjax.pact.predictor import next_loss
+from gcjax.pact.problem import Cluster, GradientLevel, ModelVersion, Node, Problem
+
+
+class Tables(NamedTuple):
+    """M versions, C clusters, A = C * data fractions * gradient levels actions.
+
+    Costs of impossible actions and switches are inf.
+    """
+
+    energy_j: np.ndarray  # float64[M, C, A], hand-over from cluster C and training
+    seconds: np.ndarray  # float64[M, C, A]
+    progress: np.ndarray  # float64[M, C, A], effective samples
+    destination: np.ndarray  # int[A], cluster
+    fraction: np.ndarray  # float64[A], of the data
+    level: np.ndarray  # int[A], gradient level; 0 where the problem has none
+    switch_j: np.ndarray  # float64[M, M, C], from version to version at cluster C
+    switch_s: np.ndarray  # float64[M, M, C]
+    start: tuple[int, int]  # version, cluster
+
+    @property
+    def possible(self) -> np.ndarray:
+        """Actions that can be taken and lead somewhere, bool[M, C, A]."""
+        return np.isfinite(self.energy_j) & (self.progress > 0)
+
+
+def tabulate(problem: Problem) -> Tables:
+    """Costs and progress of all actions and switches.
+
+    Raises:
+      ValueError: where no cluster can train some version, or none can be reached.
+    """
+    clusters, versions = problem.clusters, problem.versions
+    levels = problem.gradient_levels or (_uncompressed(len(versions)),)
+    shape = len(problem.data_fractions), len(levels)
+    destination, fraction, level = (
+        x.ravel() for x in np.indices((len(clusters), *shape))
+    )
+    fraction = np.asarray(problem.data_fractions, float)[fraction]
+
+    train = np.empty((3, len(versions), len(destination)))
+    for m, version in enumerate(versions):
+        for a, (c, f, g) in enumerate(zip(destination, fraction, level, strict=True)):
+            train[:, m, a] = _epoch(problem, m, version, clusters[c], f, levels[g])
+        if not np.isfinite(train[0, m]).any():
+            raise ValueError(_why_nobody(problem, version))
+    move_j, move_s = _moves(problem)
+    lost = _lost_samples(problem)
+    energy = train[0][:, None] + move_j[:, :, destination]
+    seconds = train[1][:, None] + move_s[:, :, destination]
+    progress = np.maximum(train[2][:, None] - lost[:, destination], 0)
+    switch_j, switch_s = _switches(problem)
+    tables = Tables(
+        energy,
+        seconds,
+        progress,
+        destination,
+        fraction,
+        level,
+        switch_j,
+        switch_s,
+        start=(
+            [v.name for v in versions].index(problem.start_version),
+            [c.name for c in clusters].index(problem.start_cluster),
+        ),
+    )
+    m, c = tables.start
+    reachable = np.isfinite(switch_j[m, :, c])[:, None] & tables.possible[:, c]
+    if not reachable.any():
+        raise ValueError(
+            f"from {problem.start_cluster!r} no cluster can be reached that can train "
+            "a version and gains by it: add links or memory"
+        )
+    return tables
+
+
+def _uncompressed(versions: int) -> GradientLevel:
+    ones = (1.0,) * versions
+    return GradientLevel("none", ones, ones, ones)
+
+
+def _epoch(
+    problem: Problem,
+    m: int,
+    version: ModelVersion,
+    cluster: Cluster,
+    fraction: float,
+    level: GradientLevel,
+) -> tuple[float, float, float]:
+    """Joules, seconds and effective samples of an epoch; inf joules: impossible."""
+    by_name = {n.name: n for n in problem.nodes}
+    members = [by_name[name] for name in cluster.members]
+    together = len(members) > 1
+    rounds = cluster.rounds_per_epoch * fraction if together else 0.0
+    memory = version.training_bytes
+    coding = 0.0
+    if together:
+        memory += level.bytes_per_parameter * version.parameters
+        coding = rounds * level.flops_per_parameter * version.parameters
+    busy, links, link_j = [], [0.0], {n.name: 0.0 for n in members}
+    for node in members:
+        flops = version.flops_per_sample * fraction * node.samples + coding
+        read = fraction * node.samples * problem.sample_bytes / node.input_bytes_per_s
+        busy.append((node, max(flops / node.flops_per_s, read), flops))
+        if node.memory_bytes < memory:
+            return np.inf, np.inf, 0.0
+    for node in members[1:]:
+        link = _link(problem, node.name, cluster.coordinator)
+        sent = level.up_fraction[m] + level.down_fraction[m]
+        bits = rounds * 8 * version.parameter_bytes * sent
+        links.append(bits / link.bits_per_s + 2 * rounds * link.latency_s)
+        link_j[node.name] += bits * link.joules_per_bit
+    seconds = max(s for _, s, _ in busy) + max(links)
+    spent = {
+        node.name: node.joules_per_flop * flops
+        + (node.idle_watts * (seconds - s) if together else 0.0)
+        + link_j[node.name]
+        for node, s, flops in busy
+    }
+    if any(spent[n.name] > n.max_epoch_j for n in members):
+        return np.inf, np.inf, 0.0
+    return sum(spent.values()), seconds, fraction * _useful(problem, cluster, m, level)
+
+
+def _useful(problem: Problem, cluster: Cluster, m: int, level: GradientLevel) -> float:
+    """Effective samples of all of a cluster's data."""
+    samples = _histogram(problem, cluster)
+    everything = sum(np.array(n.histogram, float) for n in problem.nodes)
+    kept = 1 - problem.skew_loss * _distance(samples, everything)
+    if len(cluster.members) > 1:
+        kept *= level.efficiency[m]
+    return float(samples.sum() * cluster.efficiency * kept)
+
+
+def _histogram(problem: Problem, cluster: Cluster) -> np.ndarray:
+    by_name = {n.name: n for n in problem.nodes}
+    return sum(np.array(by_name[m].histogram, float) for m in cluster.members)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Total variation between two label histograms, in [0, 1]."""
+    return float(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
+
+
+def _lost_samples(problem: Problem) -> np.ndarray:
+    """Effective samples lost at a hand-over to differently labelled data, [C, C]."""
+    samples = [_histogram(problem, c) for c in problem.clusters]
+    if not problem.handover_loss:
+        return np.zeros((len(samples), len(samples)))
+    lost = [[_distance(a, b) * b.sum() for b in samples] for a in samples]
+    return problem.handover_loss * np.array(lost)
+
+
+def _link(problem: Problem, a: str, b: str):
+    for link in problem.links:
+        if set(link.ends) == {a, b}:
+            return link
+    return None
+
+
+def _moves(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Joules and seconds of a hand-over of each version, [M, C, C]."""
+    bits = 8 * np.array([v.parameter_bytes for v in problem.versions])[:, None, None]
+    shape = len(problem.clusters), len(problem.clusters)
+    joules, rate, latency = np.full(shape, np.inf), np.ones(shape), np.zeros(shape)
+    of = {frozenset(link.ends): link for link in problem.links}
+    for i, a in enumerate(problem.clusters):
+        for j, b in enumerate(problem.clusters):
+            link = of.get(frozenset((a.coordinator, b.coordinator)))
+            if a.coordinator == b.coordinator:
+                joules[i, j], rate[i, j] = 0, np.inf
+            elif link:
+                joules[i, j], rate[i, j] = link.joules_per_bit, link.bits_per_s
+                latency[i, j] = link.latency_s
+    move_j = np.where(np.isinf(joules), np.inf, bits * joules)
+    return move_j, np.where(np.isinf(joules), np.inf, bits / rate + latency)
+
+
+def _switches(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Joules and seconds of each switch at each coordinator, [M, M, C]."""
+    size = len(problem.versions)
+    joules = np.full((size, size, len(problem.clusters)), np.inf)
+    joules[np.arange(size), np.arange(size)] = 0
+    seconds = joules.copy()
+    order = {v.name: i for i, v in enumerate(problem.versions)}
+    by_name = {n.name: n for n in problem.nodes}
+    holders = [by_name[c.coordinator] for c in problem.clusters]
+    for switch in problem.switches:
+        at = order[switch.source], order[switch.target]
+        joules[at] = [switch.flops * n.joules_per_flop for n in holders]
+        seconds[at] = [switch.flops / n.flops_per_s for n in holders]
+    return joules, seconds
+
+
+def switched(problem: Problem, source: int, target: int, loss: np.ndarray | float):
+    """Loss right after a switch, elementwise; the same where nothing is switched."""
+    if source == target:
+        return loss
+    names = problem.versions[source].name, problem.versions[target].name
+    for switch in problem.switches:
+        if (switch.source, switch.target) == names:
+            return np.minimum(switch.jump.after(loss), problem.top_loss)
+    raise ValueError(f"no switch leads from {names[0]!r} to {names[1]!r}")
+
+
+def advance(
+    problem: Problem, source: int, target: int, loss: np.ndarray | float, samples: float
+) -> np.ndarray:
+    """Loss after an epoch: the switch, then `samples` effective samples."""
+    curve = problem.versions[target].curve
+    return next_loss(curve, switched(problem, source, target, loss), samples)
+
+
+def _why_nobody(problem: Problem, version: ModelVersion) -> str:
+    """Says why a version cannot be trained anywhere."""
+    by_name: dict[str, Node] = {n.name: n for n in problem.nodes}
+    room = max(
+        min(by_name[m].memory_bytes for m in c.members) for c in problem.clusters
+    )
+    if room < version.training_bytes:
+        return (
+            f"no cluster can hold version {version.name!r}: it needs "
+            f"{version.training_bytes:.3g} bytes, the roomiest has {room:.3g}"
+        )
+    return (
+        f"no cluster can train version {version.name!r} within its nodes' memory and "
+        "max_epoch_j: remove the version or raise a limit"
+    )
