@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench_codecs  # noqa: E402
 import bench_network  # noqa: E402
 import bench_time_to_accuracy  # noqa: E402
+import bench_uploads  # noqa: E402
+import pact_study  # noqa: E402
 
 from gcjax import command, report, study  # noqa: E402
 
@@ -21,7 +23,8 @@ def main() -> None:
     """Writes tables and figures for every experiment that has records."""
     runs, out = Path(flags.FLAGS.runs), Path(flags.FLAGS.out)
     written = report.tables(runs, out) + report.figures(runs, out)
-    for other in (study, bench_codecs, bench_network, bench_time_to_accuracy):
+    others = (study, bench_codecs, bench_network, bench_time_to_accuracy)
+    for other in (*others, bench_uploads, pact_study):
         written += other.write_report(runs, out)
     for path in written:
         print(path)

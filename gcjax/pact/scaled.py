@@ -17,7 +17,7 @@ import numpy as np
 
 from gcjax.pact import cells
 from gcjax.pact.graph import SLACK, TICKS, Bounds, Graph, bounds
-from gcjax.pact.schedule import Plan, feasible, replay
+from gcjax.pact.schedule import NoneFoundError, Plan, feasible, replay
 
 _LOSS_BINS = 128
 _CAPACITY = 1 << 21
@@ -38,6 +38,7 @@ def solve(graph: Graph, error: float, loss_bins: int = _LOSS_BINS) -> Plan | Non
 
     Raises:
       ValueError: for an error that is not a number above 0.
+      NoneFoundError: if there are more labels than room.
     """
     if not (isinstance(error, int | float) and 0 < error < math.inf):
         raise ValueError(f"the relative error must be above 0, got {error!r}")
@@ -86,6 +87,11 @@ def _within(
         plan = replay(graph.problem, choices, graph.tables, "cost_scaled")
         if feasible(graph.problem, plan):
             return plan
+    if log.full:  # then that there is none proves nothing
+        raise NoneFoundError(
+            f"more than {_CAPACITY} labels at {loss_bins} loss bins: choose fewer, or a "
+            "larger error"
+        )
     return None
 
 
