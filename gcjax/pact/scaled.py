@@ -39,6 +39,7 @@ def solve(graph: Graph, error: float, loss_bins: int = _LOSS_BINS) -> Plan | Non
     Raises:
       ValueError: for an error that is not a number above 0.
       NoneFoundError: if there are more labels than room.
+      NoneFoundError: if there are more labels than room.
     """
     if not (isinstance(error, int | float) and 0 < error < math.inf):
         raise ValueError(f"the relative error must be above 0, got {error!r}")
@@ -89,8 +90,8 @@ def _within(
             return plan
     if log.full:  # then that there is none proves nothing
         raise NoneFoundError(
-            f"more than {_CAPACITY} labels at {loss_bins} loss bins: choose fewer, or a "
-            "larger error"
+            f"more than {_CAPACITY} labels at {loss_bins} loss bins: choose fewer bins "
+            "or a larger error"
         )
     return None
 
