@@ -14,7 +14,7 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
-from gcjax import report, results, train
+from gcjax import report, results, splits, train
 from gcjax.network import rounds
 from gcjax.selectors import workers as rules
 
@@ -72,6 +72,10 @@ def upload_bits(record: Record) -> float:
     return sum(record["final"]["upload_bits"]) / (
         record["final"]["steps"] * len(record["weights"])
     )
+
+
+def _seed(record: Record) -> int:
+    return record["seed"]
 
 
 # --- Runs that belong together. -------------------------------------------------------
@@ -280,14 +284,18 @@ def _markdown(rows: list[list[str]]) -> str:
 # --- Figures. -------------------------------------------------------------------------
 
 
-def figure(records: list[Record], mean_ratio: float) -> Figure:
-    """Accuracy against steps and against bits sent, a panel pair for each split."""
+def figure(records: list[Record]) -> Figure:
+    """Accuracy against steps and against bits sent, a panel pair for each split.
+
+    Only of methods that every split has.
+    """
     found = groups(records)
+    common = set.intersection(*(set(group) for group in found.values()))
     drawing = Figure(figsize=(11, 3.2 * len(found)), layout="constrained")
     axes = drawing.subplots(len(found), 2, squeeze=False)
     for row, (name, group) in zip(axes, found.items(), strict=True):
         for method, runs in group.items():
-            if method != "dense" and f"({mean_ratio}" not in method:
+            if method not in common:
                 continue
             curves = np.array([r["series"]["eval_accuracy"] for r in runs])
             steps = runs[0]["series"]["eval_step"]
@@ -308,7 +316,7 @@ def figure(records: list[Record], mean_ratio: float) -> Figure:
 
 
 def write_report(runs_dir: Path, out: Path) -> list[Path]:
-    """Writes table and figure of every experiment whose records have weights.
+    """Writes table and figures of every experiment whose records have weights.
 
     Its config file says which mean ratio sets the target, `TARGET_RATIO`, and what was
     published, `PAPER`: {(split, method): accuracy in %}.
@@ -327,6 +335,12 @@ def write_report(runs_dir: Path, out: Path) -> list[Path]:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
         paths[0].write_bytes(text.encode())
-        figure(records, module.TARGET_RATIO).savefig(paths[1], dpi=90)
+        figure(records).savefig(paths[1], dpi=90)
+        for number, group in enumerate(groups(records).values()):
+            first = min((r for runs in group.values() for r in runs), key=_seed)
+            title = f"{first['config']['split']}, seed {first['seed']}"
+            paths.append(out / f"figures/{folder.name}_split{number}.png")
+            drawn = splits.figure(np.array(first["profile"]), title)
+            drawn.savefig(paths[-1], dpi=90)
         written += paths
     return written

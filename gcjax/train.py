@@ -501,6 +501,9 @@ def describe(run: Run, config, method: str, record: dict[str, Any]) -> None:
     layout = made.layout(run.state.params)
     if made.exchange.weights is not None:
         record["weights"] = p.tolist()
+    if run.task.shards is not None:  # samples of each worker and label
+        shards = run.task.shards(config.seed, config.num_workers)
+        record["profile"] = splits.profile(shards, run.task.labels).tolist()
     record["layers"] = list(layout.paths)
     record["layer_sizes"] = layout.sizes.tolist()
     record["ladder"] = list(made.exchange.levels)

@@ -20,6 +20,7 @@ def record(method, seed, accuracy, uploads=(100, 50), every=10):
         "method": method,
         "seed": seed,
         "weights": [0.75, 0.25],
+        "profile": [[20, 10], [0, 10]],
         "num_params": 100,
         "config": {
             "split": SPLIT,
@@ -100,7 +101,8 @@ def test_report_is_written_for_experiments_with_weights_only(tmp_path, monkeypat
     other = tmp_path / "runs" / "quickstart" / "a.json"
     results.write_json({"schema": results.SCHEMA, "status": "done"}, other)
     written = study.write_report(tmp_path / "runs", tmp_path / "out")
-    assert [p.name for p in written] == [f"{experiment}.md", f"{experiment}.png"]
+    names = [f"{experiment}.md", f"{experiment}.png", f"{experiment}_split0.png"]
+    assert [p.name for p in written] == names
     text = written[0].read_text()
     assert "`hard(0.05)`" in text and SPLIT in text and "80.00 ± 0.00" in text
     assert json.loads(other.read_text())["status"] == "done"

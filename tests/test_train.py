@@ -265,6 +265,7 @@ def test_a_parameter_server_weights_workers_and_counts_uploads(
     record = train.train(config, "power_rule(0.05, 1.0)", tmp_path)
     assert sum(record["weights"]) == pytest.approx(1)
     assert record["weights"][0] == pytest.approx(10 * record["weights"][3], rel=0.02)
+    assert np.sum(record["profile"]) == 1437 and len(record["profile"]) == 4
     uploads = record["final"]["upload_bits"]
     assert sorted(uploads, reverse=True) == uploads and uploads[0] > 5 * uploads[3]
     each = 32 * (record["num_params"] + 1)  # the flag of finite gradients
