@@ -87,7 +87,7 @@ def config_hash(config: ml_collections.ConfigDict, method: str) -> str:
     fields = json.loads(config.to_json()) | {"methods": [method]}
     kept = {k: v for k, v in fields.items() if k not in _NOT_HASHED}
     kept = {k: v for k, v in kept.items() if k not in _LATER or v != _LATER[k]}
-    if not config.local_steps:
+    if not fields.get("local_steps"):
         kept.pop("local_learning_rate", None)
     weighted = config.aggregator.startswith("parameter_server(")
     if method == "dense" and not weighted:  # how and when to compress is no part of it

@@ -31,7 +31,7 @@ def test_cost_formulas_by_hand():
 
 
 def test_bytes_agree_with_the_bits_of_records():
-    words = Words(gathered=7, reduced=100, scattered=30, permuted=0)
+    words = Words(7, 100, 30, 0, uploaded=0, downloaded=0)
     carried = network.carried(words._asdict(), {"reduced": 2})
     assert sorted(carried) == sorted(
         [("all-gather", 28), ("all-reduce", 200)]
