@@ -256,20 +256,20 @@ Metric of the method less that of the other, same seed and batches. Fewer than t
 pairs are inconclusive; with more, the verdict tells on what all pairs agree."""
 
 
-def _experiments(runs_dir: Path) -> Iterable[tuple[str, list[Record]]]:
-    """Experiments that a table of levels fits, and their records."""
+def experiments(runs_dir: Path, weighted: bool) -> Iterable[tuple[str, list[Record]]]:
+    """Experiments whose workers have weights, or those without, and their records."""
     for folder in sorted(p for p in runs_dir.glob("*") if p.is_dir()):
         if folder.name.startswith("bench_"):  # of other scripts
             continue
         records = [results.read(path) for path in sorted(folder.glob("*.json"))]
-        if records and "weights" not in records[0]:  # those are for gcjax.study
+        if records and ("weights" in records[0]) == weighted:
             yield folder.name, records
 
 
 def tables(runs_dir: Path, out_dir: Path, configs_dir: Path = CONFIGS) -> list[Path]:
     """Writes `tables/<experiment>.md` for every folder of records; returns paths."""
     folder, written = out_dir / "tables", []
-    for experiment, records in _experiments(runs_dir):
+    for experiment, records in experiments(runs_dir, weighted=False):
         text = table(experiment, records, configs_dir / f"{experiment}.py")
         folder.mkdir(parents=True, exist_ok=True)
         written.append(folder / f"{experiment}.md")
@@ -288,13 +288,13 @@ def table(experiment: str, records: list[Record], config_file: Path) -> str:
         f"# {experiment}",
         "\n".join(_setting(found, records, common)),
         "## Results",
-        _markdown(_results(found, names, records)),
+        markdown(_results(found, names, records)),
         _EXPLAINED,
         "## Differences at the same seed",
-        _markdown(_paired(found, names, records)),
+        markdown(_paired(found, names, records)),
         _EXPLAINED_PAIRS,
         "## Every seed",
-        _markdown(_each_seed(found, names)),
+        markdown(_each_seed(found, names)),
         "## Failed and diverged runs",
         "\n".join(f"- {_ending(r)}" for r in bad) or "None.",
     ]
@@ -392,7 +392,8 @@ def _each_seed(found: list[Row], names: list) -> list[list[str]]:
     return [["family", "method", *(f"seed {s}" for s in seeds)], *body]
 
 
-def _markdown(lines: list[list[str]]) -> str:
+def markdown(lines: list[list[str]]) -> str:
+    """A table of cells, the first line its header."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -416,7 +417,7 @@ def figures(runs_dir: Path, out_dir: Path, configs_dir: Path = CONFIGS) -> list[
     figures/<experiment>.png holds both.
     """
     written = []
-    for experiment, records in _experiments(runs_dir):
+    for experiment, records in experiments(runs_dir, weighted=False):
         found, _ = rows(records, configs_dir / f"{experiment}.py")
         found = [row for row in map(_done, found) if row]
         if not found:

@@ -108,7 +108,7 @@ def parameter_server(
         present, part = _drawn(sampled, used, keys)
 
         # 1. What this worker sends, and how many entries all others do.
-        mask, counts, words = _select(
+        mask, mine, counts, words = _select(
             allocation, layout, x, allocated, present, axis_name
         )
         units, sent = sparsify.keep(x, mask)
@@ -119,7 +119,7 @@ def parameter_server(
         needed = jax.vmap(lambda k: jnp.sum(sparsify.indexed_words(seen, k)[0]))(counts)
         if on_devices:
             receive = _receive(
-                seen, units, small, counts, needed, ladders, to, axis_name
+                seen, units, mine, small, counts, needed, ladders, to, axis_name
             )
             total = _add_up(layout, small, part, receive, unrolled=True)
         else:
@@ -224,7 +224,7 @@ def _drawn(sampled: int | None, weights: np.ndarray, keys: Keys) -> tuple:
 
 
 def _select(allocation, layout, x, state, present, axis_name):
-    """Mask of what this worker sends, how many entries all send, and words for that."""
+    """Mask of what this worker sends, entries in it, all workers' entries, words."""
     seen, count = view(allocation.per_layer, layout), allocation.num_workers
     me = lax.axis_index(axis_name)  # the server, if there is one, comes last
     wanted = allocation.decide(layout, state)
@@ -232,7 +232,7 @@ def _select(allocation, layout, x, state, present, axis_name):
         counts = jnp.where(present[:, None], wanted, 0)
         mine = jnp.pad(counts, ((0, 1), (0, 0)))[me]
         mask = sparsify.largest(seen, sparsify.magnitudes(seen, x), mine)
-        return mask, counts, no_words()
+        return mask, mine, counts, no_words()
     least = jnp.where(present, wanted, jnp.inf)
     least = jnp.append(least, jnp.inf)[me]
     mask = wire.pack_bits(jnp.abs(x) >= least)
@@ -241,7 +241,7 @@ def _select(allocation, layout, x, state, present, axis_name):
     bits = lax.population_count(mask).astype(jnp.int32)
     mine = seen.sum_rows(jnp.sum(bits.reshape(seen.num_rows, -1), axis=1))
     counts, words = gather(mine, axis_name, "counts")
-    return mask, counts[:count], words
+    return mask, mine, counts[:count], words
 
 
 def _ladders(allocation, layout, sampled) -> np.ndarray:
@@ -261,10 +261,9 @@ def _lengths(ladders: np.ndarray, needed: jax.Array, small: jax.Array) -> jax.Ar
     return jnp.take_along_axis(table, index[:, None], 1)[:, 0] + small.size
 
 
-def _receive(seen, units, small, counts, needed, ladders, to, axis_name):
+def _receive(seen, units, mine, small, counts, needed, ladders, to, axis_name):
     """Makes (i, add, sums) -> sums, to which what worker i sends is added."""
     count, me = len(ladders), lax.axis_index(axis_name)
-    mine = jnp.pad(counts, ((0, 1), (0, 0)))[me]
     message = sparsify.pack_indexed(seen, units, mine, int(ladders.max()))
     message = jnp.concatenate([wire.to_words(small), message])
 

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
-from gcjax import report, results, splits, train
+from gcjax import report, splits, train
 from gcjax.network import rounds
 from gcjax.selectors import workers as rules
 
@@ -118,23 +118,23 @@ def paired(
     return statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
 
 
-def verdict(gap: tuple[float, float] | None, scale: float = 1, unit: str = "") -> str:
+def verdict(gap: tuple[float, float] | None, scale: float = 1) -> str:
     """A difference, or "tie" where it is within two standard errors."""
     if gap is None:
         return "-"
     mean, error = gap
-    text = f"{scale * mean:+.2f} ± {scale * error:.2f}{unit}"
+    text = f"{scale * mean:+.2f} ± {scale * error:.2f}"
     return f"{text} (tie)" if abs(mean) <= 2 * error else text
 
 
-def _or_more(values: list[float | None], steps: int, form: str = "{:,.0f}") -> str:
+def _or_more(values: list[float | None], steps: int) -> str:
     """A mean, or that so many runs never got there."""
     if None in values:
         missing = sum(v is None for v in values)
         return f"> {steps:,} ({missing} of {len(values)})"
-    text = form.format(statistics.fmean(values))
+    text = f"{statistics.fmean(values):,.0f}"
     if len(values) > 1:
-        text += f" ± {form.format(statistics.stdev(values))}"
+        text += f" ± {statistics.stdev(values):,.0f}"
     return text
 
 
@@ -220,7 +220,7 @@ def _results(name: str, group: Group, target, mean_ratio: float, paper: dict) ->
         scale = 100 / statistics.fmean(base) if base else 1
         steps = runs[0]["config"]["steps"]
         rows.append([*row, _or_more(need, steps), verdict(gap, scale)])
-    return _markdown(rows)
+    return report.markdown(rows)
 
 
 def _seconds(group: Group, target: float) -> str:
@@ -235,7 +235,7 @@ def _seconds(group: Group, target: float) -> str:
             values = [seconds(r, target, order) for r in runs]
             cells.append(_or_more(values, runs[0]["config"]["steps"]))
         rows.append([f"`{method}`", *cells])
-    return _markdown(rows)
+    return report.markdown(rows)
 
 
 def correlations(group: Group, target: float, mean_ratio: float):
@@ -273,12 +273,6 @@ def _correlations(found: dict[str, float], count: int) -> str:
         f"Rank correlation (Spearman) of criteria with mean steps to the target, over "
         f"{count} allocations of the same mean ratio: {text}."
     )
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines)
 
 
 # --- Figures. -------------------------------------------------------------------------
@@ -322,16 +316,10 @@ def write_report(runs_dir: Path, out: Path) -> list[Path]:
     published, `PAPER`: {(split, method): accuracy in %}.
     """
     written = []
-    for folder in sorted(p for p in runs_dir.glob("*") if p.is_dir()):
-        paths = sorted(folder.glob("*.json"))
-        if folder.name.startswith("bench_") or not paths:
-            continue
-        records = [results.read(path) for path in paths]
-        if "weights" not in records[0]:
-            continue
-        module = report.load_config_file(report.CONFIGS / f"{folder.name}.py")
-        text = table(folder.name, records, module.TARGET_RATIO, module.PAPER)
-        paths = [out / f"tables/{folder.name}.md", out / f"figures/{folder.name}.png"]
+    for name, records in report.experiments(runs_dir, weighted=True):
+        module = report.load_config_file(report.CONFIGS / f"{name}.py")
+        text = table(name, records, module.TARGET_RATIO, module.PAPER)
+        paths = [out / f"tables/{name}.md", out / f"figures/{name}.png"]
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
         paths[0].write_bytes(text.encode())
@@ -339,7 +327,7 @@ def write_report(runs_dir: Path, out: Path) -> list[Path]:
         for number, group in enumerate(groups(records).values()):
             first = min((r for runs in group.values() for r in runs), key=_seed)
             title = f"{first['config']['split']}, seed {first['seed']}"
-            paths.append(out / f"figures/{folder.name}_split{number}.png")
+            paths.append(out / f"figures/{name}_split{number}.png")
             drawn = splits.figure(np.array(first["profile"]), title)
             drawn.savefig(paths[-1], dpi=90)
         written += paths

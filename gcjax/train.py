@@ -312,6 +312,7 @@ class Run(NamedTuple):
     """A run that is ready to step."""
 
     task: tasks.Task
+    aggregator: Aggregator
     state: RunState
     specs: Any  # which part of the state belongs to each worker
     step: Callable  # (state, batch) -> (state, StepMetrics), jitted
@@ -395,6 +396,7 @@ def build(config: ml_collections.ConfigDict, method: str) -> Run:
         batches = lambda step: jax.tree.map(of_server, of_workers(step))
     return Run(
         task,
+        made,
         jax.jit(make, out_shardings=where)(key),
         specs,
         jax.jit(step, donate_argnums=0),
@@ -439,7 +441,7 @@ def _first() -> bool:
 
 def _train(config, method: str, workdir: Path, record: dict[str, Any]) -> None:
     run = build(config, method)
-    describe(run, config, method, record)
+    describe(run, config, record)
     state, log = run.state, Log(config, record)
     saver = checkpoint.Saver(workdir / "checkpoints", log.identity())
     if config.resume and (found := saver.restore(state, run.specs)):
@@ -494,13 +496,12 @@ def _lines(path: Path, first: int) -> Any:
     return open(path, "a")
 
 
-def describe(run: Run, config, method: str, record: dict[str, Any]) -> None:
+def describe(run: Run, config, record: dict[str, Any]) -> None:
     """Adds to a record what the run consists of."""
-    p = weights(config, run.task)
-    made = build_aggregator(config, method, p)
+    made = run.aggregator
     layout = made.layout(run.state.params)
     if made.exchange.weights is not None:
-        record["weights"] = p.tolist()
+        record["weights"] = list(made.exchange.weights)
     if run.task.shards is not None:  # samples of each worker and label
         shards = run.task.shards(config.seed, config.num_workers)
         record["profile"] = splits.profile(shards, run.task.labels).tolist()

@@ -97,7 +97,7 @@ def test_other_number_of_workers_keeps_the_mean_error(config, tmp_path, capsys):
     config.batch_size_per_worker = 16
     run = train.build(config, LGRECO)
     record = results.new_record(config, LGRECO)
-    train.describe(run, config, LGRECO, record)
+    train.describe(run, config, record)
     saver = checkpoint.Saver(
         tmp_path / "checkpoints", train.Log(config, record).identity()
     )
