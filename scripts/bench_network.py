@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gcjax import cluster, command, network  # noqa: E402
+from gcjax import cluster, command, network, report  # noqa: E402
 
 PROCESSES = 4
 SCHEMA = 1
@@ -481,20 +481,20 @@ def _table(records: list[dict[str, Any]]) -> str:
     ]
     for record in records:
         parts.append(f"## {_TITLE[record['model']]}, {record['rate']}")
-        parts.append(_markdown(_times(rows_of(record))))
+        parts.append(report.markdown(_times(rows_of(record))))
     parts.append("## Bytes")
     parts.append(_BYTES)
     for model in dict.fromkeys(r["model"] for r in records):
         own = [rows_of(r) for r in records if r["model"] == model]
         parts.append(f"### {_TITLE[model]}")
-        parts.append(_markdown(_sizes(own)))
+        parts.append(report.markdown(_sizes(own)))
         parts.append("\n".join(_fits(own)))
     predicted = _predictions(records)
     if len(predicted) > 1:
         errors = [abs(float(line[-1].rstrip("%"))) for line in predicted[1:]]
         parts.append("## The cost model")
         parts.append(_MODEL)
-        parts.append(_markdown(predicted))
+        parts.append(report.markdown(predicted))
         parts.append(
             f"Absolute error: median {np.median(errors):.0f} %, largest "
             f"{max(errors):.0f} %, within 15 % in {sum(e <= 15 for e in errors)} of "
@@ -504,7 +504,7 @@ def _table(records: list[dict[str, Any]]) -> str:
     lines = [["method", "gcjax", "PyTorch"]]
     for name in METHODS:
         lines.append([name, *(_call(records, side, name) for side in SCRIPTS)])
-    parts.append(_markdown(lines))
+    parts.append(report.markdown(lines))
     return "\n\n".join(parts) + "\n"
 
 
@@ -588,11 +588,6 @@ def _fits(own: list[dict[tuple[str, str], Row]]) -> list[str]:
             f" blocks of {len({d for d, _ in points})} sizes."
         )
     return lines
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
