@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # without allocation and weights, which come from the method and the data's split).
     config.aggregator = "compressed_mean(top_k())"
     # One run each, one after the other: "dense", or a call of a selector; for a
-    # parameter server of an allocation, see gcjax.train.allocations.
+    # parameter server of an allocation, see gcjax.experiment.allocations.
     config.methods = ("lgreco(default=0.01)",)
     # Steps between selections.
     config.every = 100

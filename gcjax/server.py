@@ -3,7 +3,7 @@
 How much that is an `Allocation` says (`gcjax.allocation`); here it travels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ def parameter_server(
     download: Compressor | None = None,
     coefficients: Sequence[float] | None = None,
     opwa: tuple[float, int] | None = None,
-    sampled: int | None = None,
+    participants: int | Sequence[Sequence[bool]] | None = None,
     **options: Any,
 ) -> Aggregator:
     """Weighted mean of sparse gradients whose sizes differ from worker to worker.
@@ -62,8 +62,9 @@ def parameter_server(
       coefficients: Weights in the server's sum, where they differ from `weights`.
       opwa: (gamma, overlap): entries of the sum that at most `overlap` workers sent are
         multiplied by gamma.
-      sampled: Workers of a round, drawn at random, whose weights are normalised anew;
-        None: all. The others send nothing and keep all in their errors.
+      participants: How many workers take part in a round, drawn at random; or who does,
+        bool[rounds, n], over again after the last row; None: all. Their weights are
+        normalised anew. The others send nothing and keep all in their errors.
       **options: See `aggregator`. By default all tensors are compressed.
 
     Returns:
@@ -87,10 +88,8 @@ def parameter_server(
         )
     if to not in ("server", "all"):
         raise ValueError(f"parameter_server: to must be 'server' or 'all', got {to!r}")
-    if sampled is not None and not 1 <= sampled <= count:
-        raise ValueError(
-            f"parameter_server: sampled must be in 1..{count}, got {sampled}"
-        )
+    draw = _participation(participants, used)
+    absences = participants is not None
     if download is not None and (to == "all" or len(download.levels) > 1):
         raise ValueError(
             "parameter_server: a download needs a server and a compressor of one level"
@@ -105,7 +104,7 @@ def parameter_server(
         del capacities
         (round_, allocated, *server), own = state
         on_devices = _on_devices(axis_name, count, to)
-        present, part = _drawn(sampled, used, keys)
+        present, part = draw(round_, keys)
 
         # 1. What this worker sends, and how many entries all others do.
         mask, mine, counts, words = _select(
@@ -115,7 +114,7 @@ def parameter_server(
 
         # 2. The weighted sum.
         seen = view(allocation.per_layer, layout)
-        ladders = _ladders(allocation, layout, sampled)
+        ladders = _ladders(allocation, layout, absences)
         needed = jax.vmap(lambda k: jnp.sum(sparsify.indexed_words(seen, k)[0]))(counts)
         if on_devices:
             receive = _receive(
@@ -212,15 +211,29 @@ def _on_devices(axis_name: str, count: int, to: str) -> bool:
     return devices
 
 
-def _drawn(sampled: int | None, weights: np.ndarray, keys: Keys) -> tuple:
-    """Which workers take part in a round, bool[n], and their weights float32[n]."""
-    weights = jnp.asarray(weights, jnp.float32)
-    if sampled is None:
-        return jnp.ones(weights.shape, bool), weights
-    order = jax.random.permutation(keys.shared, weights.size)
-    present = order < sampled
-    kept = jnp.where(present, weights, 0)
-    return present, kept / jnp.maximum(jnp.sum(kept), np.float32(1e-30))
+def _participation(participants: Any, weights: np.ndarray) -> Callable:
+    """Makes (round, keys) -> who takes part, bool[n], and their weights float32[n]."""
+    count, part = len(weights), np.asarray(weights, np.float32)
+    if participants is None:
+        return lambda round_, keys: (jnp.ones(count, bool), jnp.asarray(part))
+    table = np.asarray(participants)
+    number = table.ndim == 0 and table.dtype != bool and 1 <= table <= count
+    rows = table.ndim == 2 and table.dtype == bool and table.shape[1] == count
+    if not (number or (rows and len(table))):
+        raise ValueError(
+            f"parameter_server: participants must be a number in 1..{count} or "
+            f"bool[rounds, {count}], got {np.array2string(table, threshold=8)}"
+        )
+
+    def draw(round_: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array]:
+        if number:
+            present = jax.random.permutation(keys.shared, count) < table
+        else:
+            present = jnp.asarray(table)[round_ % len(table)]
+        kept = jnp.where(present, part, 0)
+        return present, kept / jnp.maximum(jnp.sum(kept), np.float32(1e-30))
+
+    return draw
 
 
 def _select(allocation, layout, x, state, present, axis_name):
@@ -244,10 +257,10 @@ def _select(allocation, layout, x, state, present, axis_name):
     return mask, mine, counts[:count], words
 
 
-def _ladders(allocation, layout, sampled) -> np.ndarray:
+def _ladders(allocation, layout, absences) -> np.ndarray:
     """Lengths that each worker's upload may have, int[n, any], the last repeated."""
     ladders = [
-        sorted({0, *lengths} if sampled else {*lengths})
+        sorted({0, *lengths} if absences else {*lengths})
         for lengths in allocation.lengths(layout)
     ]
     most = max(len(ladder) for ladder in ladders)

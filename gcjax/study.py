@@ -1,12 +1,13 @@
 """What allocations to a parameter server do: iterations and seconds to a target.
 
 Tables and figures of experiments whose records have weights, from the records alone.
+A *group* holds runs of one setting: task, split, number of workers and learning rate.
 """
 
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
-from gcjax import report, splits, train
+from gcjax import experiment, report, splits
 from gcjax.network import rounds
 from gcjax.selectors import workers as rules
 
@@ -24,6 +25,15 @@ SHARE_OF_UNIFORM = 0.98  # of its final accuracy, that is the target
 _MEDIAN_OF = 5  # evaluations, for the running median
 ORDERS = ("with", "across", "against")  # of links and weights
 COMPUTE_S = 0.01  # of a round
+_RESAMPLES = 2000  # of the seeds, for an interval
+# Fields of a config that tell settings apart, and how a title names them.
+_SETTING = {
+    "task": "{}",
+    "split": "{}",
+    "num_workers": "{} workers",
+    "local_steps": "{} local steps",
+    "learning_rate": "learning rate {:g}",
+}
 
 
 # --- One run. -------------------------------------------------------------------------
@@ -33,6 +43,12 @@ def iterations(record: Record, target: float) -> int | None:
     """First step whose running median of the accuracy reaches a target; None: never."""
     at = _first(record, target)
     return None if at is None else record["series"]["eval_step"][at]
+
+
+def megabytes(record: Record, target: float) -> float | None:
+    """What all workers have uploaded until then, MB."""
+    at = _first(record, target)
+    return None if at is None else sum(record["series"]["uploaded"][at]) / 8e6
 
 
 def seconds(record: Record, target: float, order: str) -> float | None:
@@ -82,14 +98,18 @@ def _seed(record: Record) -> int:
 
 
 def groups(records: Iterable[Record]) -> dict[str, Group]:
-    """Splits of the data -> methods, with the server's options -> records by seed."""
+    """Settings, named by what differs -> methods, with options -> records by seed."""
+    records = sorted((r for r in records if r["status"] == "done"), key=_seed)
+    values = lambda field: {r["config"].get(field) for r in records}
+    varied = [field for field in _SETTING if len(values(field)) > 1] or ["split"]
     found: dict[str, Group] = defaultdict(lambda: defaultdict(list))
-    for record in sorted(records, key=lambda r: r["seed"]):
-        if record["status"] == "done":
-            method = " ".join([record["method"], _options(record)]).strip()
-            found[record["config"]["split"]][method].append(record)
+    for record in records:
+        parts = [_SETTING[f].format(record["config"][f]) for f in varied]
+        method = " ".join([record["method"], _options(record)]).strip()
+        found[", ".join(parts)][method].append(record)
     natural = lambda text: [
-        int(x) if x.isdigit() else x for x in re.split(r"(\d+)", text)
+        float(x) if i % 2 else x
+        for i, x in enumerate(re.split(r"(\d+(?:\.\d+)?)", text))
     ]
     return {name: found[name] for name in sorted(found, key=natural)}
 
@@ -118,6 +138,24 @@ def paired(
     return statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
 
 
+def interval(
+    runs: list[Record], others: list[Record], value: Callable, scale: float = 1
+) -> str:
+    """Where 95 % of the mean differences lie when pairs are drawn again and again."""
+    by_seed = {r["seed"]: r for r in others}
+    pairs = [(r, by_seed[r["seed"]]) for r in runs if r["seed"] in by_seed]
+    values = [(value(a), value(b)) for a, b in pairs]
+    if len(values) < 3 or any(None in v for v in values):
+        return "-"
+    gaps = scale * np.array([a - b for a, b in values])
+    if not np.ptp(gaps):
+        return f"[{gaps[0]:+.1f}, {gaps[0]:+.1f}]"
+    found = scipy.stats.bootstrap(
+        (gaps,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=0
+    ).confidence_interval
+    return f"[{found.low:+.1f}, {found.high:+.1f}]"
+
+
 def verdict(gap: tuple[float, float] | None, scale: float = 1) -> str:
     """A difference, or "tie" where it is within two standard errors."""
     if gap is None:
@@ -142,7 +180,11 @@ def _or_more(values: list[float | None], steps: int) -> str:
 
 
 def table(
-    experiment: str, records: list[Record], mean_ratio: float, paper: dict
+    experiment: str,
+    records: list[Record],
+    mean_ratio: float,
+    paper: dict,
+    targets: Sequence[float] = (),
 ) -> str:
     """The report of an experiment, in Markdown.
 
@@ -150,49 +192,78 @@ def table(
       experiment: Its name.
       records: Of all its runs.
       mean_ratio: Whose uniform runs set the target.
-      paper: (split, method) -> accuracy in % that was published.
+      paper: (setting, method) -> accuracy in % that was published.
+      targets: Accuracies, in [0, 1], to which steps are counted besides.
     """
     lines = [
         f"<!-- Generated by `python scripts/report.py` from {len(records)} records in "
         f"results/runs/{experiment}; do not edit. -->",
         f"# {experiment}",
-        _setting(records[0], mean_ratio),
+        _setting(records, mean_ratio),
     ]
     for name, group in groups(records).items():
         target = target_of(group, mean_ratio)
         lines += [f"## {name}", _results(name, group, target, mean_ratio, paper)]
+        if targets:
+            lines += ["Steps to accuracies, and what is saved against uniform:"]
+            lines += [_targets(group, targets, mean_ratio)]
         if target is not None:
             lines += ["Modelled seconds to the target, by links:"]
             lines += [_seconds(group, target)]
             found = correlations(group, target, mean_ratio)
             if found:
                 lines += [_correlations(*found)]
+    bad = [r for r in records if r["status"] != "done"]
+    if bad:
+        ends = [f"- {r['label']}, seed {r['seed']}: {r['status']}" for r in bad]
+        lines += ["## Failed and diverged runs", "\n".join(ends)]
     return "\n\n".join(lines) + "\n"
 
 
-def _setting(record: Record, mean_ratio: float) -> str:
-    config = record["config"]
+def _setting(records: list[Record], mean_ratio: float) -> str:
+    config = records[0]["config"]
+    several = lambda field: len({r["config"][field] for r in records}) > 1
+    shown = lambda field: "several" if several(field) else f"{config[field]:,}"
+    task = "Several tasks" if several("task") else f"`{config['task']}`"
     return (
-        f"`{config['task']}`; {config['num_workers']} workers x "
-        f"{config['batch_size_per_worker']} samples; {config['steps']:,} steps, "
-        f"learning rate {config['learning_rate']}; {record['num_params']:,} weights. "
-        f"Target: {SHARE_OF_UNIFORM:.0%} of the mean final accuracy of "
-        f"`uniform({mean_ratio})` of the same split; accuracies are medians of "
+        f"{task}; {shown('num_workers')} workers x "
+        f"{shown('batch_size_per_worker')} samples; {shown('steps')} steps, "
+        f"learning rate {shown('learning_rate')}; {records[0]['num_params']:,} "
+        f"weights. Target: {SHARE_OF_UNIFORM:.0%} of the mean final accuracy of "
+        f"`uniform({mean_ratio})` of the same setting; accuracies are medians of "
         f"{_MEDIAN_OF} evaluations, one every {config['eval_every']} steps. ± is the "
         "standard deviation over seeds, in differences at the same seed the standard "
-        "error; differences within two of them are ties. Uploads are mean bits per "
+        "error; differences within two of them are ties; intervals are of "
+        f"{_RESAMPLES:,} bootstrap samples of the pairs. Uploads are mean bits per "
         "worker and round, places, padding and flags included; the largest worker's "
-        "beside. Links: log-normal bandwidths of mean 8.4 Mbit/s and spread 1, latency "
-        f"20 ms, computing {1e3 * COMPUTE_S:.0f} ms a round; dealt out with, across or "
-        "against the workers' weights."
+        "beside; MB are all workers' until the target. Links: log-normal bandwidths of "
+        f"mean 8.4 Mbit/s and spread 1, latency 20 ms, computing {1e3 * COMPUTE_S:.0f} "
+        "ms a round; dealt out with, across or against the workers' weights."
     )
+
+
+def _targets(group: Group, targets: Sequence[float], mean_ratio: float) -> str:
+    uniform = group.get(f"uniform({mean_ratio})", [])
+    rows = [["method", *(f"to {t:.0%}" for t in targets)]]
+    for method, runs in group.items():
+        cells = []
+        for target in targets:
+            count = lambda r, target=target: iterations(r, target)
+            text = _or_more([count(r) for r in runs], runs[0]["config"]["steps"])
+            base = [n for n in map(count, uniform) if n is not None]
+            gap = paired(uniform, runs, count)
+            if gap is not None and base and method != f"uniform({mean_ratio})":
+                text += f"; {verdict(gap, 100 / statistics.fmean(base))} %"
+            cells.append(text)
+        rows.append([f"`{method}`", *cells])
+    return report.markdown(rows)
 
 
 def _results(name: str, group: Group, target, mean_ratio: float, paper: dict) -> str:
     uniform = group.get(f"uniform({mean_ratio})", [])
     rows = [
         ["method", "accuracy, %", "published", "less uniform's, points", "upload, bits"]
-        + ["largest", "steps to target", "saved, %"]
+        + ["largest", "steps to target", "saved, %", "95 %", "MB to target"]
     ]
     for method, runs in group.items():
         accuracy = [100 * final(r) for r in runs]
@@ -203,7 +274,7 @@ def _results(name: str, group: Group, target, mean_ratio: float, paper: dict) ->
         )
         published = paper.get((name, method))
         row = [
-            f"`{method}`" + f" (seeds: {len(runs)})" * (len(runs) != 3),
+            f"`{method}`" + f" (seeds: {len(runs)})" * (len(runs) != len(uniform)),
             f"{statistics.fmean(accuracy):.2f}{spread}",
             "" if published is None else f"{published:.2f}",
             verdict(paired(runs, uniform, final), 100),
@@ -211,7 +282,7 @@ def _results(name: str, group: Group, target, mean_ratio: float, paper: dict) ->
             f"{largest:,.0f}",
         ]
         if target is None:
-            rows.append([*row, "-", "-"])
+            rows.append([*row, *["-"] * 4])
             continue
         count = lambda r: iterations(r, target)
         need = [count(r) for r in runs]
@@ -219,7 +290,10 @@ def _results(name: str, group: Group, target, mean_ratio: float, paper: dict) ->
         gap = paired(uniform, runs, count)
         scale = 100 / statistics.fmean(base) if base else 1
         steps = runs[0]["config"]["steps"]
-        rows.append([*row, _or_more(need, steps), verdict(gap, scale)])
+        row += [_or_more(need, steps), verdict(gap, scale)]
+        row += [interval(uniform, runs, count, scale)]
+        sent = [megabytes(r, target) for r in runs]
+        rows.append([*row, "-" if None in sent else f"{statistics.fmean(sent):,.2f}"])
     return report.markdown(rows)
 
 
@@ -252,7 +326,8 @@ def correlations(group: Group, target: float, mean_ratio: float):
             continue
         need = [iterations(r, target) for r in runs]
         p = np.array(runs[0]["weights"])
-        granted = np.asarray(train.call(method, train.ratio_rules(p), "method"))
+        rules_of_p = experiment.ratio_rules(p)
+        granted = np.asarray(experiment.call(method, rules_of_p, "method"))
         values = [float(f(p, granted)) for f in (rules.phi, rules.psi, rules.omega)]
         # What never gets there is worst of all.
         worst = runs[0]["config"]["steps"] * 1.01
@@ -309,26 +384,71 @@ def figure(records: list[Record]) -> Figure:
     return drawing
 
 
+def pareto(records: list[Record], mean_ratio: float) -> Figure | None:
+    """Time and traffic to the target, of the setting with most methods.
+
+    A panel for each order of links and weights. Methods that no other one beats in both
+    are named; None where none reaches the target.
+    """
+    group = max(groups(records).values(), key=len)
+    target = target_of(group, mean_ratio)
+    if target is None or len(group) < 5:
+        return None
+    drawing = Figure(figsize=(13, 4.6), layout="constrained")
+    axes = drawing.subplots(1, len(ORDERS), sharey=True)
+    for ax, order in zip(axes, ORDERS, strict=True):
+        points = {}
+        for method, runs in group.items():
+            if re.search(r"'(with|across|against)'", method) and order not in method:
+                continue
+            each = [(megabytes(r, target), seconds(r, target, order)) for r in runs]
+            if all(x is not None for x, _ in each):
+                points[method] = np.mean(each, axis=0)
+        ax.set(title=f"links {order} weights", xscale="log", yscale="log")
+        ax.set_xlabel("uploaded by all until the target, MB")
+        ax.grid(alpha=0.3, which="both")
+        for i, (method, at) in enumerate(sorted(points.items(), key=lambda x: x[1][0])):
+            others = np.array([v for name, v in points.items() if name != method])
+            beaten = (
+                len(others) and ((others <= at).all(1) & (others < at).any(1)).any()
+            )
+            known = method == f"uniform({mean_ratio})" or not beaten
+            ax.plot(*at, "o" if not beaten else "x", ms=6 if known else 4,
+                    color=f"C{i % 10}" if known else "0.7",
+                    label=method if known else None)  # fmt: skip
+        ax.legend(fontsize=6)
+    axes[0].set_ylabel("modelled seconds to the target")
+    return drawing
+
+
 def write_report(runs_dir: Path, out: Path) -> list[Path]:
     """Writes table and figures of every experiment whose records have weights.
 
-    Its config file says which mean ratio sets the target, `TARGET_RATIO`, and what was
-    published, `PAPER`: {(split, method): accuracy in %}.
+    Its config file says which mean ratio sets the target, `TARGET_RATIO`, what was
+    published, `PAPER`: {(setting, method): accuracy in %}, and further `TARGETS`.
     """
     written = []
     for name, records in report.experiments(runs_dir, weighted=True):
         module = report.load_config_file(report.CONFIGS / f"{name}.py")
-        text = table(name, records, module.TARGET_RATIO, module.PAPER)
+        targets = getattr(module, "TARGETS", ())
+        text = table(name, records, module.TARGET_RATIO, module.PAPER, targets)
         paths = [out / f"tables/{name}.md", out / f"figures/{name}.png"]
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
         paths[0].write_bytes(text.encode())
         figure(records).savefig(paths[1], dpi=90)
-        for number, group in enumerate(groups(records).values()):
-            first = min((r for runs in group.values() for r in runs), key=_seed)
-            title = f"{first['config']['split']}, seed {first['seed']}"
+        front = pareto(records, module.TARGET_RATIO)
+        if front is not None:
+            paths.append(out / f"figures/{name}_pareto.png")
+            front.savefig(paths[-1], dpi=90)
+        settings = ("task", "split", "num_workers")
+        drawn = {}  # of the first seed, once for each division of the data
+        for record in sorted(records, key=_seed):
+            drawn.setdefault(tuple(record["config"][f] for f in settings), record)
+        for number, record in enumerate(drawn.values()):
+            title = f"{record['config']['split']}, seed {record['seed']}"
             paths.append(out / f"figures/{name}_split{number}.png")
-            drawn = splits.figure(np.array(first["profile"]), title)
-            drawn.savefig(paths[-1], dpi=90)
+            counts = np.array(record["profile"])
+            splits.figure(counts, title).savefig(paths[-1], dpi=90)
         written += paths
     return written

@@ -210,7 +210,9 @@ def language_model(
     def score(params, model_state, batch, training):
         inputs, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         logits, model_state = apply(params, model_state, inputs, training)
-        return {"loss": cross_entropy(logits, labels).mean(-1)}, model_state
+        hits = (logits.argmax(-1) == labels).astype(jnp.float32)
+        losses = cross_entropy(logits, labels)
+        return {"accuracy": hits.mean(-1), "loss": losses.mean(-1)}, model_state
 
     return _task(init, score, train, valid, 16, "perplexity", samples, split)
 

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _network_worker as shared  # noqa: E402
 
 import gcjax  # noqa: E402
-from gcjax import aggregate, results, train  # noqa: E402
+from gcjax import aggregate, experiment, results  # noqa: E402
 
 AXIS = "workers"
-_NAMES = train.AGGREGATORS | train.SELECTORS | {"adapt": gcjax.adapt}
+_NAMES = experiment.AGGREGATORS | experiment.SELECTORS | {"adapt": gcjax.adapt}
 
 
 def loss(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
@@ -65,7 +65,7 @@ def main() -> None:
         exchanges = method != "none"
         tx = optax.sgd(shared.LEARNING_RATE)
         if exchanges:
-            tx = optax.chain(train.call(method, _NAMES, "method"), tx)
+            tx = optax.chain(experiment.call(method, _NAMES, "method"), tx)
         # Without an exchange every worker has parameters of its own.
         spec = P() if exchanges else P(AXIS)
         params = jax.tree.map(

@@ -37,7 +37,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gcjax  # noqa: E402
-from gcjax import command, results, train  # noqa: E402
+from gcjax import command, experiment, results  # noqa: E402
 from gcjax.base import Keys, Layout, level_index  # noqa: E402
 
 # Compressor, the level that is timed, and what the table says of it.
@@ -102,7 +102,7 @@ def layout_of(compressor: gcjax.Compressor, size: int, layers: int) -> Layout:
 
 def time_codec(text: str, level: object) -> dict[str, float]:
     """Encoding, with and without the new error, and decoding of one or four, in ms."""
-    c = train.call(text, train.COMPRESSORS, "compressor")
+    c = experiment.call(text, experiment.COMPRESSORS, "compressor")
     layout = layout_of(c, flags.FLAGS.size, flags.FLAGS.layers)
     at = np.full(layout.num_layers, level_index(c.levels, level))
     capacity = int(c.words(layout)[np.arange(at.size), at].sum())
@@ -164,9 +164,9 @@ def library_top_k() -> float:
 
 def compile_seconds(aggregator: str, selector: str, layers: int) -> float:
     """Tracing and compiling one adaptive step of 2 workers, 2 M elements in all."""
-    aggregator = train.call(aggregator, train.AGGREGATORS, "aggregator")
+    aggregator = experiment.call(aggregator, experiment.AGGREGATORS, "aggregator")
     aggregator = gcjax.adapt(
-        aggregator, train.call(selector, train.SELECTORS, "method")
+        aggregator, experiment.call(selector, experiment.SELECTORS, "method")
     )
     side = int(np.sqrt(2e6 / layers))
     params = {str(i): jnp.zeros((side, side)) for i in range(layers)}

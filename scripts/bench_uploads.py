@@ -31,7 +31,7 @@ import _jax_worker  # noqa: E402
 import _network_worker as shared  # noqa: E402
 
 import gcjax  # noqa: E402
-from gcjax import cluster, command, results, train  # noqa: E402
+from gcjax import cluster, command, experiment, results  # noqa: E402
 from gcjax.network import rounds  # noqa: E402
 from gcjax.selectors import workers as rules  # noqa: E402
 
@@ -55,7 +55,7 @@ def allocations():
     """What METHODS may name."""
     speeds = 1e6 * np.array(MBITS)
     bcrs = rules.bcrs(speeds, np.full(len(speeds), LATENCY_S), BITS, 0.01)
-    return train.allocations(WEIGHTS) | {"bcrs": lambda ratio: gcjax.ratios(bcrs)}
+    return experiment.allocations(WEIGHTS) | {"bcrs": lambda ratio: gcjax.ratios(bcrs)}
 
 
 # --- A worker, or the server. ---------------------------------------------------------
@@ -81,10 +81,10 @@ def work(rank: int, processes: int, address: str, folder: Path) -> None:
 def measure(method: str, mesh, params, batches) -> dict:
     """Seconds and bytes of this process's steps."""
     made = gcjax.parameter_server(
-        train.call(method, allocations(), "method"),
+        experiment.call(method, allocations(), "method"),
         WEIGHTS,
         AXIS,
-        download=train.call(DOWNLOAD, train.COMPRESSORS, "download"),
+        download=experiment.call(DOWNLOAD, experiment.COMPRESSORS, "download"),
     )
     tx = optax.chain(made, optax.sgd(shared.LEARNING_RATE))
     specs = gcjax.state_specs(jax.eval_shape(tx.init, params), AXIS)

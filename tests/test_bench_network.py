@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gcjax
-from gcjax import train
+from gcjax import experiment
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -70,8 +70,8 @@ def test_report_holds_every_record(record, tmp_path):
 def test_our_methods_can_be_called(name):
     if name == "none":
         return
-    names = train.AGGREGATORS | train.SELECTORS | {"adapt": gcjax.adapt}
-    made = train.call(bench.METHODS[name].gcjax, names, "method")
+    names = experiment.AGGREGATORS | experiment.SELECTORS | {"adapt": gcjax.adapt}
+    made = experiment.call(bench.METHODS[name].gcjax, names, "method")
     assert isinstance(made, gcjax.Aggregator)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gcjax import report, results, train
+from gcjax import experiment, report, results, train
 
 ROOT = Path(__file__).resolve().parents[1]
 # Configs of plans describe no training run.
@@ -55,10 +55,10 @@ def test_sweep_parses(name):
     runs = report.sweep_runs(module.get_config(), module)
     for config, method in runs:
         p = np.full(config.num_workers, 1 / config.num_workers)
-        made = train.build_aggregator(config, method, p)
+        made = experiment.build_aggregator(config, method, p)
         names = ("identity", "parameter_server ratios")
         assert made.exchange.name in names or method != "dense"
-        train.build_optimizer(config)
+        experiment.build_optimizer(config)
     # Two runs with one name would overwrite each other's records.
     assert len({results.file_name(*run) for run in runs}) == len(runs)
 

@@ -193,7 +193,7 @@ import jax, numpy as np
 from absl import flags
 from ml_collections import config_flags
 from configs import quickstart
-from gcjax import cluster, command, train
+from gcjax import cluster, command, experiment, train
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("coordinator", None, "")
@@ -209,13 +209,13 @@ def main():
     config = CONFIG.value
     with cluster.process(FLAGS.coordinator, FLAGS.process_id, FLAGS.num_processes):
         config.mapping = "processes"
-        task = train.build_task(config)
+        task = experiment.build_task(config)
 
         def loss(params, model_state, batch, key):
             value, model_state = task.loss(params, model_state, batch, key)
             return value * batch["weight"].mean(), model_state
 
-        train.build_task = lambda config: task._replace(loss=loss)
+        experiment.build_task = lambda config: task._replace(loss=loss)
         run = train.build(config, config.methods[0])
         state, errors = run.state, []
         for step in range(5):

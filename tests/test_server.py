@@ -1,6 +1,7 @@
 """The parameter server: who sends how much, and what all make of it."""
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -93,10 +94,10 @@ def run(tx, steps: int, on_devices: bool = False, positions: int = COUNT):
         yield flat(grads), before, errors_of(tx, state), mean, state
 
 
-@pytest.mark.parametrize("sampled", [None, 2])
+@pytest.mark.parametrize("participants", [None, 2])
 @pytest.mark.parametrize("name", ALLOCATIONS)
-def test_what_is_sent_and_the_new_error_are_what_entered(name, sampled):
-    tx = gcjax.parameter_server(ALLOCATIONS[name](), SHARES, sampled=sampled)
+def test_what_is_sent_and_the_new_error_are_what_entered(name, participants):
+    tx = gcjax.parameter_server(ALLOCATIONS[name](), SHARES, participants=participants)
     sent_by_someone = 0
     for grads, before, after, mean, state in run(tx, 5):
         x = before + grads
@@ -104,15 +105,15 @@ def test_what_is_sent_and_the_new_error_are_what_entered(name, sampled):
         np.testing.assert_allclose(np.where(sent, x, after), x, rtol=1e-6)
         took_part = sent.any(1)
         weights = SHARES
-        if sampled:
-            assert took_part.sum() <= sampled
+        if participants:
+            assert took_part.sum() <= participants
             words = np.asarray(info(state).words.uploaded)
             weights = np.where(words > 1, SHARES, 0)
             if not weights.any():
                 continue
             # One that was drawn may have had nothing to send, or no right to.
             lost = mean - (weights / weights.sum()) @ np.where(sent, x, 0)
-            if np.sum(words > 1) < sampled:
+            if np.sum(words > 1) < participants:
                 continue
             np.testing.assert_allclose(lost, 0, atol=1e-5)
         else:
@@ -120,6 +121,20 @@ def test_what_is_sent_and_the_new_error_are_what_entered(name, sampled):
             np.testing.assert_allclose(mean, want, rtol=1e-5, atol=1e-6)
         sent_by_someone += sent.sum()
     assert sent_by_someone > 0
+
+
+def test_a_table_says_who_takes_part_and_absent_workers_lose_nothing():
+    table = np.array([[1, 1, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
+    tx = gcjax.parameter_server(ALLOCATIONS["ratios"](), SHARES, participants=table)
+    for step, (grads, before, after, mean, _) in enumerate(run(tx, 6)):
+        present = table[step % 3]
+        x = before + grads
+        sent = np.where(after == 0, x, 0)
+        np.testing.assert_array_equal(sent[~present], 0)
+        np.testing.assert_allclose(after + sent, x, rtol=1e-6)
+        assert (np.any(sent, axis=1) == present).all()
+        part = SHARES * present / max((SHARES * present).sum(), 1e-30)
+        np.testing.assert_allclose(mean, part @ sent, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +174,7 @@ def test_devices_send_what_simulated_workers_count(name, to):
         dict(download=gcjax.top_k(0.05)),
         dict(download=gcjax.cast()),
         dict(opwa=(2.0, 1)),
-        dict(sampled=2),
+        dict(participants=2),
     ],
     ids=lambda o: next(iter(o)),
 )
@@ -343,7 +358,9 @@ def test_a_step_that_is_not_finite_changes_nothing():
         (lambda: server(weights=[1, np.nan, 1, 1]), "weights must be one number"),
         (lambda: server(weights=[1, 1]), "do not go together"),
         (lambda: server(to="peers"), "'server' or 'all'"),
-        (lambda: server(sampled=5), "sampled must be in 1..4"),
+        (lambda: server(participants=5), "participants must be a number in 1..4"),
+        (lambda: server(participants=[[True] * 3]), "bool[rounds, 4]"),
+        (lambda: server(participants=[[1, 1, 0, 1]]), "bool[rounds, 4]"),
         (lambda: server(opwa=(0.0, 1)), "opwa must be"),
         (lambda: server(download=gcjax.qsgd()), "compressor of one level"),
         (
@@ -353,7 +370,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     ],
 )
 def test_bad_arguments_are_named(make, message):
-    with pytest.raises(ValueError, match=message.replace("(", "\\(")) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         make()
     assert "\n" not in str(caught.value)
 

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 # Configs import each other as `configs.base`; they lie beside the package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gcjax import command, network, train  # noqa: E402
+from gcjax import command, experiment, network  # noqa: E402
 from gcjax.network import measure, survey  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
@@ -30,7 +30,7 @@ def main() -> None:
     links = network.LINKS
     if LINK.value is not None:
         links = {LINK.value: network.LINKS[LINK.value]}
-    task = train.build_task(config)
+    task = experiment.build_task(config)
     compute = COMPUTE_SECONDS.value
     if compute is None:
         compute = survey.compute_seconds(config, task)
@@ -41,7 +41,7 @@ def main() -> None:
         f"{jax.devices()[0].device_kind}"
     )
     codecs = {
-        name: measure.measure_codec(made, params, n, axis_name=train.AXIS)
+        name: measure.measure_codec(made, params, n, axis_name=experiment.AXIS)
         for name, made in survey.aggregators(config).items()
     }
     print(survey.table(codecs, n, links, compute))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gcjax import exchange, network, results, tasks, train
+from gcjax import exchange, experiment, network, results, tasks
 from gcjax.base import Aggregator
 from gcjax.compressors import quantize, sparsify
 
@@ -37,7 +37,8 @@ def aggregators(config: ml_collections.ConfigDict) -> dict[str, Aggregator]:
     made = {name: make() for name, make in FAMILIES.items()}
     for method in config.methods:
         if method != "dense":
-            made[results.label(config, method)] = train.build_aggregator(config, method)
+            label = results.label(config, method)
+            made[label] = experiment.build_aggregator(config, method)
     return made
 
 
