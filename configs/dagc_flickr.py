@@ -12,7 +12,7 @@ Expected: with VGG11 on the photographs themselves DAGC-R saves 16.65 % of top-k
 iterations to 70 %, and DAGC-A 25.43 % of the hard threshold's: Lu et al., 2023,
 arXiv:2311.07324, section 5 (its abstract has the two numbers the other way round). Here
 images, model, steps and batches are others.
-Time: three minutes a run of 600 steps, on one CPU core; a shortened run.
+Time: two minutes a run of 600 steps, on one CPU core; a shortened run.
 """
 
 from collections.abc import Callable
