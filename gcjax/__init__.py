@@ -11,6 +11,7 @@ from gcjax.allocation import (
     thresholds,
 )
 from gcjax.base import Aggregator, Compressor, Exchange, Layout, Selector
+from gcjax.compressors.packets import fed_cvlc
 from gcjax.compressors.quantize import cast, identity, natural, qsgd, sign, terngrad
 from gcjax.compressors.sparsify import random_k, threshold, top_k
 from gcjax.exchange import compressed_mean, power_sgd
@@ -37,6 +38,7 @@ __all__ = [
     "sign",
     "terngrad",
     "natural",
+    "fed_cvlc",
     # selectors
     "uniform",
     "lgreco",

@@ -848,7 +848,9 @@ def test_every_factory_documents_payload_properties_and_references(name):
 
 def test_every_public_compressor_is_in_the_table():
     assert len(FACTORIES) >= 9
-    assert set(FACTORIES) == {compressor(name).name for name in CASES}
+    # Its message has one length, whatever the levels are; see test_packets.py.
+    others = {"fed_cvlc"}
+    assert set(FACTORIES) - others == {compressor(name).name for name in CASES}
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if ".compressors." in m])
