@@ -176,6 +176,13 @@ def _mean(values: list[float | None], otherwise: str) -> str:
     return text
 
 
+def _counts(uniform: list[Record], runs: list[Record], count: Callable) -> list[int]:
+    """Of uniform's runs at the seeds of others, where they get there."""
+    seeds = set(map(_seed, runs))
+    found = [count(r) for r in uniform if _seed(r) in seeds]
+    return [n for n in found if n is not None]
+
+
 def _more_than(record: Record) -> str:
     return f"> {record['config']['steps']:,}"
 
@@ -254,7 +261,7 @@ def _targets(group: Group, targets: Sequence[float], mean_ratio: float) -> str:
         for target in targets:
             count = lambda r, target=target: iterations(r, target)
             text = _mean([count(r) for r in runs], _more_than(runs[0]))
-            base = [n for n in map(count, uniform) if n is not None]
+            base = _counts(uniform, runs, count)
             gap = paired(uniform, runs, count)
             if gap is not None and base and method != f"uniform({mean_ratio})":
                 text += f"; {verdict(gap, 100 / statistics.fmean(base))} %"
@@ -290,7 +297,7 @@ def _results(name: str, group: Group, target, mean_ratio: float, paper: dict) ->
             continue
         count = lambda r: iterations(r, target)
         need = [count(r) for r in runs]
-        base = [n for n in map(count, uniform) if n is not None]
+        base = _counts(uniform, runs, count)
         gap = paired(uniform, runs, count)
         scale = 100 / statistics.fmean(base) if base else 1
         row += [_mean(need, _more_than(runs[0])), verdict(gap, scale)]
