@@ -158,6 +158,55 @@ def fit_curve(
     return curve_of(best.x), float(np.sqrt(np.mean(best.fun**2)))
 
 
+def refit_curve(
+    curve: PowerLaw | Exponential,
+    before: np.ndarray,
+    samples: np.ndarray,
+    after: np.ndarray,
+    noise: float,
+    spread: float = 0.5,
+) -> PowerLaw | Exponential:
+    """Corrects a curve by the epochs that a run has seen so far.
+
+    The floor, and how many samples the same progress takes, are moved to where they
+    explain the epochs best, but not further from the profile than so few epochs
+    warrant: the maximum a posteriori under normal errors. The bend stays.
+
+    Args:
+      curve: From the profile.
+      before: [n] losses at the start of each epoch, after a switch if there was one.
+      samples: [n] effective samples of each epoch.
+      after: [n] losses at its end.
+      noise: Standard deviation of a measured loss, relative; positive.
+      spread: Standard deviation of the correction, of the number of samples in the
+        logarithm and of the floor as a share of it; positive.
+
+    Raises:
+      ValueError: for losses that are not finite, or arrays of different lengths.
+    """
+    before, samples, after = (np.asarray(v, float) for v in (before, samples, after))
+    if not before.shape == samples.shape == after.shape or before.ndim != 1:
+        raise ValueError("refit_curve needs one loss before and after for each epoch")
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise ValueError("the run holds losses that are not finite")
+
+    def corrected(p):
+        floor = curve.floor * (1 + spread * p[1])
+        faster = np.exp(spread * p[0])
+        if isinstance(curve, PowerLaw):
+            scale = curve.scale * faster**-curve.exponent
+            return PowerLaw(floor, scale, curve.exponent)
+        return Exponential(floor, curve.scale, curve.rate * faster)
+
+    def residuals(p):
+        found = next_loss(corrected(p), before, samples)
+        return np.concatenate([np.log(found / after) / noise, p])
+
+    # A floor cannot fall below 0.
+    bounds = [-6.0, max(-6.0, -0.999 / spread)], [6.0, 6.0]
+    return corrected(least_squares(residuals, np.zeros(2), bounds=bounds).x)
+
+
 def fit_jump(before: np.ndarray, after: np.ndarray, top: float) -> Jump:
     """Fits a jump to checkpoints that were compressed at several losses.
 
