@@ -85,6 +85,11 @@ class State(NamedTuple):
     history: dict[str, list[tuple[float, float, float]]]
 
 
+def trainer_for(config: ml_collections.ConfigDict) -> Callable[..., dict[str, Any]]:
+    """What trains a config: `execute` if it describes nodes, else `train.train`."""
+    return execute if "nodes" in config else train.train
+
+
 def execute(
     config: ml_collections.ConfigDict, method: str, workdir: Path
 ) -> dict[str, Any]:
@@ -96,8 +101,8 @@ def execute(
       workdir: Folder for what is written.
 
     Returns:
-      The record. Its status is "done", "infeasible" (nothing was trained: no plan of
-      the method meets the target) or, in the file alone, "failed".
+      The record. Its status is "done" or, in the file alone, "failed". Where the method
+      has no plan that meets the target nothing is trained, and `plan` is None.
 
     Raises:
       ValueError: for a config or a profile that makes no sense.
@@ -118,14 +123,10 @@ def _execute(config, method: str, workdir: Path, record: dict[str, Any]) -> None
     record["label"] = method + " again each epoch" * config.replan
     planned = _first_plan(site.problem, method)
     record["plan"] = [list(step) for step in planned.steps] if planned else None
-    if planned is None:
-        record["status"] = "infeasible"
-        record["final"] = _final(site, state, record)
-        return
-    lines = open(workdir / "metrics.jsonl", "w")
-    bar = tqdm(total=len(planned.steps), desc=record["label"], unit="epoch")
-    with lines, bar:
-        while True:
+    total = len(planned.steps) if planned else 0
+    bar = tqdm(total=total, desc=record["label"], unit="epoch")
+    with open(workdir / "metrics.jsonl", "w") as lines, bar:
+        while planned:
             begun = time.process_time()
             step, how = _next(site, state, planned, len(record["epochs"]))
             if step is None:
