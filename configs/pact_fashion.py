@@ -110,7 +110,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             *config.clusters[:3],
             _cluster("server", "gateway", 20),
         )
-        config.learning_rate = 0.05
         config.sample_bytes = 64.0
         config.profile_seeds = (0,)
         config.first_samples, config.last_samples, config.points = 100, 2_500, 6

@@ -198,7 +198,7 @@ def _exchanges(pilot: Pilot, curves: Mapping[float, Curve]) -> tuple[list, list]
 
     Every cluster trains the smallest version, which all can hold, for an epoch from two
     checkpoints; how far that led along the curve, for each sample, is its efficiency,
-    which cannot be above 1. That of a level is relative to uncompressed gradients. It
+    at most 1. That of a level is relative to uncompressed gradients. It
     is taken to be the same for other versions. Bits are counted for each version.
     """
     config, trainer = pilot.config, pilot.trainer
@@ -214,8 +214,7 @@ def _exchanges(pilot: Pilot, curves: Mapping[float, Curve]) -> tuple[list, list]
         for loss, params in starts:
             done = trainer.epoch(params, members, 1.0, rounds, method, seen)
             later = trainer.evaluate(done.params)["loss"]
-            progress = [float(curves[smallest].progress(v)) for v in (loss, later)]
-            gains.append((progress[1] - progress[0]) / sum(done.samples))
+            gains.append(efficiency(curves[smallest], loss, sum(done.samples), later))
         return float(np.mean(gains))
 
     clusters, relative = [], {level["name"]: [] for level in config.gradient_levels}
@@ -223,13 +222,11 @@ def _exchanges(pilot: Pilot, curves: Mapping[float, Curve]) -> tuple[list, list]
         members = tuple(names.index(m) for m in cluster["members"])
         rounds = cluster.get("rounds_per_epoch", 1)
         plain = gain(members, rounds, "dense")
-        clusters.append(
-            {"name": cluster["name"], "efficiency": _clipped(plain), "measured": plain}
-        )
+        clusters.append({"name": cluster["name"], "efficiency": plain})
         for level in config.gradient_levels if len(members) > 1 else ():
             method = level["method"]
             own = plain if method == "dense" else gain(members, rounds, method)
-            relative[level["name"]].append(own / max(plain, _LEAST))
+            relative[level["name"]].append(min(own / plain, 1.0))
     return clusters, [
         _level(pilot, level, relative) for level in config.gradient_levels
     ]
@@ -257,13 +254,22 @@ def _level(pilot: Pilot, level: Mapping[str, Any], relative: Mapping) -> dict[st
         "name": level["name"],
         "up_fraction": up,
         "down_fraction": down,
-        "efficiency": [_clipped(mean)] * len(up),
-        "measured": found,
+        "efficiency": [mean] * len(up),
     }
 
 
-def _clipped(efficiency: float) -> float:
-    return float(np.clip(efficiency, _LEAST, 1.0))
+def efficiency(curve: Curve, loss: float, samples: int, later: float) -> float:
+    """Share of the samples that count, if they led from a loss to a later one.
+
+    At least 0.01, where nothing was gained, and 1 where the curve promises no more.
+    """
+    least, most = (next_loss(curve, loss, share * samples) for share in (_LEAST, 1.0))
+    if later >= least:
+        return _LEAST
+    if later <= most:
+        return 1.0
+    effective = curve.progress(later) - curve.progress(loss)
+    return float(np.clip(effective / samples, _LEAST, 1.0))
 
 
 # --- From a profile to a problem. -----------------------------------------------------
@@ -292,7 +298,7 @@ def problem(
             f"the profile has versions {shares}, the config {list(config.shares)}: "
             "profile again, with scripts/pact_profile.py"
         )
-    efficiency = _by_name(record, "clusters", config.clusters)
+    measured = _by_name(record, "clusters", config.clusters)
     levels = _by_name(record, "gradient_levels", config.gradient_levels)
     pick = lambda source, *names: {k: source[k] for k in names}
     return from_config(
@@ -303,7 +309,7 @@ def problem(
             ],
             "links": [dict(link) for link in config.links],
             "clusters": [
-                {**c, **pick(efficiency[c["name"]], "efficiency")}
+                {**c, **pick(measured[c["name"]], "efficiency")}
                 for c in config.clusters
             ],
             "versions": [
@@ -314,11 +320,7 @@ def problem(
                 pick(s, "source", "target", "flops", "jump") for s in record["switches"]
             ],
             "gradient_levels": [
-                {
-                    k: v
-                    for k, v in {**levels[c["name"]], **c}.items()
-                    if k not in ("method", "measured")
-                }
+                {k: v for k, v in {**levels[c["name"]], **c}.items() if k != "method"}
                 for c in config.gradient_levels
             ],
             "top_loss": record["top_loss"],
