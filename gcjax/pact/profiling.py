@@ -120,7 +120,6 @@ def _run(pilot: Pilot, share: float) -> dict[str, Any]:
     run: dict[str, Any] = {"samples": [], "losses": [], "accuracy": []}
     kept, done = [], 0
     for end in np.unique(np.round(ends / size).astype(int)).tolist():
-        # Fresh momentum at each point, as the epochs of a plan have it.
         params = trainer.fit(params, map(trainer.pooled, range(done, end)))
         done, found = end, trainer.evaluate(params)
         run["samples"].append(end * size)

@@ -5,8 +5,9 @@ samples, gradients travel through `gcjax.parameter_server`, and what is counted 
 was done. How long that would have taken on the nodes, and with how much energy, is for
 `gcjax.pact.tables` to say.
 
-Every epoch begins with a fresh optimizer: neither momentum nor the errors of gradient
-compression are handed over with the model, so that its parameters are all that moves.
+Nodes train by plain SGD, and what gradient compression did not send is forgotten at the
+end of an epoch: the parameters are all that there is to hand over, so that the next
+loss depends on as little of the past as it can.
 """
 
 import functools
@@ -41,7 +42,7 @@ class Trainer(NamedTuple):
     """What nodes can do with a model, as pure functions."""
 
     histograms: np.ndarray  # int[N, classes], samples of each node and label
-    # (params, batches) -> params, by steps of SGD with momentum.
+    # (params, batches) -> params, a step of SGD for each batch.
     fit: Callable[[Params, Iterable[Batch]], Params]
     # step -> batch of about batch_size samples from all nodes, by their shares.
     pooled: Callable[[int], Batch]
@@ -59,7 +60,7 @@ def trainer(
     """Makes the nodes of a config able to train.
 
     Args:
-      config: With seed, nodes, batch_size, learning_rate, momentum and aggregator.
+      config: With seed, nodes, batch_size, learning_rate and aggregator.
       task: With a split, which says what each node holds.
       compressor: It says which entries may be trained.
 
@@ -75,7 +76,7 @@ def trainer(
     count = len(config.nodes)
     shards = task.shards(config.seed, count)
     sizes = np.array([len(shard) for shard in shards])
-    local = optax.sgd(config.learning_rate, momentum=config.momentum)
+    local = optax.sgd(config.learning_rate)
 
     @functools.lru_cache
     def batches(size: int) -> Callable[[int], Batch]:
