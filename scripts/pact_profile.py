@@ -8,7 +8,6 @@ scripts/train.py, tables and figures written by scripts/report.py.
 """
 
 import sys
-import time
 from pathlib import Path
 
 from ml_collections import config_flags
@@ -22,10 +21,7 @@ from gcjax.pact import profiling  # noqa: E402
 def main() -> None:
     """Profiles and writes the record."""
     config = CONFIG.value
-    begun = time.perf_counter()
-    record = profiling.profile(config)
-    record["wall_seconds"] = time.perf_counter() - begun
-    results.write(record, Path(config.profile))
+    results.write(profiling.profile(config), Path(config.profile))
     print(config.profile)
 
 

@@ -19,11 +19,9 @@ SHARES = (1.0, 0.25)
 
 
 @pytest.fixture(autouse=True)
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
+def standard_promotion():
     with jax.numpy_dtype_promotion("standard"):  # optax mixes types
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def quick(model="small_cnn", **changed):
@@ -362,8 +360,7 @@ def test_a_profile_is_measured_and_can_be_planned_with(tmp_path):
     assert levels["none"]["efficiency"] == [1.0, 1.0]
     problem = profiling.problem(config, record, np.full((3, 10), 40), 3.0)
     assert problem.start_loss == record["top_loss"]
-    eased = problem.with_target(max_loss=2.0)
-    assert pact.feasible(eased, pact.plan(eased))
+    assert pact.tabulate(problem).possible.any((1, 2)).all()
     written = outcomes.write_report(tmp_path, tmp_path / "out")
     names = [p.name for p in written]
     assert names == ["toy_profile.md", "toy_profile.png"]

@@ -55,7 +55,7 @@ from gcjax.tasks import Task
 
 PLAN = "plan"  # the method that is no baseline
 _NOISE = 0.01  # least relative standard deviation of a measured loss
-_PROOF_S = 20.0  # processor time for the proof that no plan is left
+_PROOF_S = 2.0  # processor time that a search beyond the solver may take
 
 
 class Site(NamedTuple):

@@ -8,6 +8,7 @@ version costs. `problem` makes of that, and of a config's nodes and targets, wha
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ def profile(
     Raises:
       ValueError: for a config that makes no sense.
     """
+    begun = time.perf_counter()
     record = results.new_record(config, "profile") | {"runs": []}
     fitted_to, *unseen = (_pilot(config, seed) for seed in config.profile_seeds)
     for pilot in (fitted_to, *unseen):
@@ -98,7 +100,8 @@ def profile(
     )
     record["clusters"], record["gradient_levels"] = _exchanges(fitted_to, curves)
     tell(f"clusters: {[(c['name'], c['efficiency']) for c in record['clusters']]}")
-    return record | {"status": "done"}
+    seconds = time.perf_counter() - begun
+    return record | {"status": "done", "wall_seconds": seconds}
 
 
 def _pilot(config: ml_collections.ConfigDict, seed: int) -> Pilot:
