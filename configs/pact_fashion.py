@@ -91,7 +91,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # The profile: runs of each version up to last_samples, measured at points of a
     # geometric series; the first seed is fitted to, the others only predicted.
     config.profile_seeds = (0, 1)
-    config.first_samples = 1_500
+    config.first_samples = 2_500
     config.last_samples = 72_000
     config.points = 14
     # "power" or "exponential".

@@ -104,6 +104,8 @@ def fit_curve(
 ) -> tuple[PowerLaw | Exponential, float]:
     """Fits a curve to one run by bounded least squares on the logarithm of the loss.
 
+    Errors beyond 5 % count linearly, not squared: losses of a few steps jump.
+
     Args:
       samples: [n] samples seen, n >= 4, strictly increasing and positive.
       losses: [n] losses, positive.
@@ -152,7 +154,14 @@ def fit_curve(
         p0 = [share * low, span if not power else 0.3 * span, 1.0 if not power else 0.5]
         p0 += [0.01] if power else []
         p0 = np.clip(p0, np.array(lower) * 1.001, np.array(upper) * 0.999)
-        found = least_squares(residuals, p0, bounds=(lower, upper), x_scale=upper)
+        found = least_squares(
+            residuals,
+            p0,
+            bounds=(lower, upper),
+            x_scale=upper,
+            loss="soft_l1",
+            f_scale=0.05,
+        )
         if best is None or found.cost < best.cost:
             best = found
     return curve_of(best.x), float(np.sqrt(np.mean(best.fun**2)))
