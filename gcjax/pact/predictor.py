@@ -244,7 +244,8 @@ def fit_jump(before: np.ndarray, after: np.ndarray, top: float) -> Jump:
     found = least_squares(
         residuals,
         [max(rise.max(), 1e-3 * spread), 0.5],
-        bounds=([1e-6 * spread, 0.0], [10 * spread, 1.0]),
+        # A little less than 1, as records round numbers to seven digits.
+        bounds=([1e-6 * spread, 0.0], [10 * spread, 1 - 1e-5]),
         x_scale=[spread, 1.0],
     )
     return Jump(float(found.x[0]), float(found.x[1] / found.x[0]), top)
