@@ -83,6 +83,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data_fractions = (0.5, 1.0)
     config.sample_bytes = 784.0
     config.start_cluster = "server"
+    # Epochs there that the whole network was trained before, at nobody's expense.
+    config.start_epochs = 0
     # Of held-out samples.
     config.max_loss = 0.45
     config.deadline_s = 60.0

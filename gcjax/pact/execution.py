@@ -155,6 +155,7 @@ def _begin(config) -> tuple[Site, State]:
     trainer = training.trainer(config, task, compressor)
     params = task.init(jax.random.key(config.seed))[0]
     whole = jax.eval_shape(lambda: params)
+    params, seen = _given(config, trainer, params)
     loss = trainer.evaluate(params)["loss"]
     problem = profiling.problem(config, profile, trainer.histograms, loss)
     counted: dict[str, Costs] = {}
@@ -168,8 +169,21 @@ def _begin(config) -> tuple[Site, State]:
     noise = {v["name"]: max(v["residual"], _NOISE) for v in profile["versions"]}
     site = Site(config, task, compressor, trainer, whole, problem, noise, costs)
     start = problem.start_version, problem.start_cluster, loss, 0.0, 0.0
-    seen = np.zeros(len(config.nodes), np.int64)
     return site, State(params, *start, seen, {})
+
+
+def _given(config, trainer: Trainer, params: Params) -> tuple[Params, np.ndarray]:
+    """The whole network as a plan finds it, and samples that each node has seen."""
+    names = [node["name"] for node in config.nodes]
+    cluster = next(c for c in config.clusters if c["name"] == config.start_cluster)
+    members = tuple(names.index(m) for m in cluster["members"])
+    seen = np.zeros(len(names), np.int64)
+    for _ in range(config.start_epochs):
+        rounds = cluster.get("rounds_per_epoch", 1)
+        done = trainer.epoch(params, members, 1.0, rounds, "dense", seen)
+        params = done.params
+        seen[list(members)] += done.samples
+    return params, seen
 
 
 def _first_plan(problem: Problem, method: str) -> Plan | None:
