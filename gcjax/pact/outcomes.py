@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from gcjax import report
 from gcjax.pact.predictor import Exponential, Jump, PowerLaw, next_loss
@@ -343,7 +344,8 @@ def _losses(axes: Axes, record: Record) -> None:
         later = [float(next_loss(curves[run["version"]], y[0], n - x[0])) for n in at]
         axes.plot(at, later, "-", color=colour, linewidth=0.8)
     axes.set(xscale="log", xlabel="samples", ylabel="held-out loss")
-    title = f"seed {fitted} (full, fitted to), others and prediction"
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    title = f"seed {fitted} (filled, fitted to); others, and what is predicted"
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(title="version", fontsize="small")
