@@ -10,7 +10,7 @@ Shortened: a run is a few passes over the data.
 Profile: python scripts/pact_profile.py --config=configs/pact_fashion.py
 Command: python scripts/train.py --config=configs/pact_fashion.py
 All runs: python scripts/sweep.py --config=configs/pact_fashion.py
-Half trained: the same with --config=configs/pact_fashion.py:trained
+Other settings, trained and skewed: --config=configs/pact_fashion.py:trained and so on
 Seconds, on small digits: both with --config=configs/pact_fashion.py:quick
 Expected: the loss ends within a few per cent of the target, closer with re-planning;
 what was measured is in results/tables/pact_fashion.md.
@@ -27,11 +27,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     Args:
       arg: None; "trained" to start from a whole network that the server has trained for
-        an epoch; "quick" for seconds, with data that needs no download.
+        an epoch; "skewed" for nodes that hold different mixtures of classes, which
+        needs a profile of its own; "quick" for seconds, with data that needs no
+        download.
     """
-    if arg not in (None, "trained", "quick"):
+    if arg not in (None, "trained", "skewed", "quick"):
         raise ValueError(
-            f"the config's argument can be 'trained' or 'quick', got {arg!r}"
+            f"the config's argument can be 'trained', 'skewed' or 'quick', got {arg!r}"
         )
     config = ml_collections.ConfigDict()
     # Names the folder of records; other scripts than report.py leave "bench_" alone.
@@ -112,6 +114,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg == "trained":
         config.experiment += "_trained"
         config.start_epochs = 1
+    if arg == "skewed":
+        config.experiment += "_skewed"
+        config.profile = config.profile.replace(".json", "_skewed.json")
+        config.split = "skewed((0.4, 0.35, 0.25), concentration=10.0)"
+        config.profile_seeds = (0,)
     if arg == "quick":
         config.experiment += "_quick"
         config.profile = "workdir/pact_quick_profile.json"
@@ -135,6 +142,7 @@ def sweep(add: Callable, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
     for seed in seeds:
         for replan in (False, True):
             add(replan=replan, seed=seed)
+    for seed in seeds:
         for method in ("static", "one switch", "no compression"):
             add(methods=(method,), replan=False, seed=seed)
 
