@@ -65,11 +65,10 @@ def test_a_share_of_one_is_the_network_itself(name, trained):
     assert same(compressed(FAMILIES[name], trained, 1.0), trained)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.125])
-@pytest.mark.parametrize("model", ["small_cnn", "lenet"])
+@pytest.mark.parametrize("model, share", [("small_cnn", 0.5), ("lenet", 0.125)])
 def test_pruned_is_the_network_with_those_channels_zeroed(model, share):
     """Also after a flattening, where one channel feeds many inputs."""
-    shape = (8, 8, 1) if model == "small_cnn" else (20, 20, 3)
+    shape = (8, 8, 1) if model == "small_cnn" else (16, 16, 3)
     make = lambda rngs: models.MODELS[model](shape, 10, None, rngs)
     params, _ = models.functional(make)[0](jax.random.key(1))
     bias = lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape)
@@ -185,8 +184,8 @@ def test_counted_flops_are_those_of_the_formula(task, trained, images, share):
 def test_bytes_of_a_sparse_network_can_be_decoded(trained):
     """What is counted suffices: values and the cheaper of bitmap and indices."""
     family = FAMILIES["entries"]
-    for share in (0.9, 0.3, 0.01):
-        params = family.compress(trained, trained, share)
+    for share in (0.9, 0.01):
+        params = compressed(family, trained, share)
         expected = 0
         for x in map(np.asarray, jax.tree.leaves(params)):
             if x.ndim == 1:
