@@ -415,6 +415,16 @@ def test_the_report_of_runs(records, tmp_path):
     assert f"{records[False]['plan'][-1][6]:.0f}" in text
 
 
+def test_committed_tables_are_those_of_the_records(tmp_path):
+    written = outcomes.write_report(ROOT / "results" / "runs", tmp_path)
+    tables = [path for path in written if path.suffix == ".md"]
+    assert tables
+    for path in tables:
+        committed = ROOT / "results" / "tables" / path.name
+        same = path.read_bytes() == committed.read_bytes()
+        assert same, f"run scripts/report.py: {path.name} is not up to date"
+
+
 def test_the_config_and_its_sweep():
     config, module = CONFIG.get_config(), CONFIG
     assert config.experiment == "bench_pact_fashion"

@@ -134,7 +134,8 @@ def table(experiment: str, records: list[Record]) -> str:
         report.markdown(rows),
         "Planned: what the first plan, made before any training, promises for the end. "
         "Without re-planning the whole plan is carried out; with it training stops as "
-        "soon as the target is met. Target: whether the measured loss came down to it "
+        "soon as the target is met, which noise of the loss makes a little easier. "
+        "Target: whether the measured loss came down to it "
         "in time. Fall-backs: epochs before which no plan was found any more.",
         "## Over seeds",
         report.markdown(means),
@@ -221,7 +222,8 @@ def gantt(record: Record) -> Figure:
     below.axhline(final["max_loss"], color="C2", linewidth=0.8, label="target")
     below.axvline(final["deadline_s"], color="C3", linewidth=0.8, label="deadline")
     below.set(xlabel="time on the modelled nodes, s", ylabel="held-out loss")
-    below.set_ylim(top=min(record["start_loss"], 3 * final["max_loss"]))
+    # The start of training, and what a switch leaves at once, are off the scale.
+    below.set_ylim(top=1.1 * max(e["loss"] for e in record["epochs"]))
     below.grid(alpha=0.3)
     below.legend(fontsize="small")
     return figure
