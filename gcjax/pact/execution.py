@@ -40,7 +40,7 @@ from gcjax.pact.baselines import BASELINES
 from gcjax.pact.compressors import Costs, ModelCompressor, Params
 from gcjax.pact.planning import plan as least_energy
 from gcjax.pact.predictor import refit_curve
-from gcjax.pact.problem import Problem
+from gcjax.pact.problem import Cluster, Problem
 from gcjax.pact.schedule import InfeasibleError, NoneFoundError, Plan, Step, replay
 from gcjax.pact.tables import (
     Work,
@@ -257,27 +257,12 @@ def carry_out(site: Site, state: State, step: Step) -> tuple[State, dict[str, An
     Returns:
       The state after it, and a line for the record.
     """
-    config, problem = site.config, site.problem
-    clusters = {c.name: c for c in problem.clusters}
-    holder, cluster = clusters[state.cluster], clusters[step.cluster]
-    params, before, spent = state.params, state.loss, []
-    if step.version != state.version:
-        share = next(
-            s for s in config.shares if profiling.version_name(s) == step.version
-        )
-        compressed = site.compressor.compress(params, site.whole, share)
-        flops = compressors.switch_flops(site.compressor, params, site.whole, share)
-        params = compressed
-        before = site.trainer.evaluate(params)["loss"]
-        spent.append(switch_cost(problem, holder, flops))
-    moved = 0
-    if holder.coordinator != cluster.coordinator:
-        moved = site.compressor.parameter_bytes(params)
-        spent.append(hand_over_cost(problem, holder, cluster, 8 * moved))
-
+    problem = site.problem
+    cluster = next(c for c in problem.clusters if c.name == step.cluster)
+    params, before, moved, joules, seconds = _brought(site, state, step, cluster)
     names = [node.name for node in problem.nodes]
     members = tuple(names.index(m) for m in cluster.members)
-    method, coding = _level(config, step.level)
+    method, coding = _level(site.config, step.level)
     rounds = cluster.rounds_per_epoch
     done = site.trainer.epoch(
         params, members, step.fraction, rounds, method, state.seen
@@ -291,15 +276,21 @@ def carry_out(site: Site, state: State, step: Step) -> tuple[State, dict[str, An
     work = Work(flops, done.samples, bits, done.rounds)
     node_j, epoch_s = epoch_cost(problem, cluster, work)
     found = site.trainer.evaluate(done.params)
-    seconds = state.seconds + sum(s for _, s in spent) + epoch_s
-    joules = state.joules + sum(j for j, _ in spent) + sum(node_j)
     seen = state.seen.copy()
     seen[list(members)] += done.samples
+    epoch = before, _effective_samples(problem, step, state.cluster), found["loss"]
     history = {k: [*v] for k, v in state.history.items()}
-    effective = _effective_samples(problem, step, state.cluster)
-    epoch = (before, effective, found["loss"])
     history.setdefault(step.version, []).append(epoch)
-    line = {
+    made = State(
+        done.params,
+        *step[:2],
+        found["loss"],
+        state.seconds + seconds + epoch_s,
+        state.joules + joules + sum(node_j),
+        seen,
+        history,
+    )
+    return made, {
         "version": step.version,
         "cluster": step.cluster,
         "fraction": step.fraction,
@@ -309,8 +300,8 @@ def carry_out(site: Site, state: State, step: Step) -> tuple[State, dict[str, An
         "loss_after_switch": before,
         "loss": found["loss"],
         "accuracy": found["accuracy"],
-        "seconds": seconds,
-        "joules": joules,
+        "seconds": made.seconds,
+        "joules": made.joules,
         "node_joules": dict(zip(cluster.members, node_j, strict=True)),
         "samples": list(done.samples),
         "flops": flops,
@@ -319,8 +310,32 @@ def carry_out(site: Site, state: State, step: Step) -> tuple[State, dict[str, An
         "up_bits": list(done.up_bits),
         "down_bits": list(done.down_bits),
     }
-    made = State(done.params, *step[:2], found["loss"], seconds, joules, seen, history)
-    return made, line
+
+
+def _brought(
+    site: Site, state: State, step: Step, cluster: Cluster
+) -> tuple[Params, float, int, float, float]:
+    """Compresses the model where it is, and hands it over.
+
+    Returns:
+      Parameters, their measured loss, bytes moved, joules and seconds.
+    """
+    config, problem, compressor = site.config, site.problem, site.compressor
+    holder = next(c for c in problem.clusters if c.name == state.cluster)
+    params, loss, moved, costs = state.params, state.loss, 0, [(0.0, 0.0)]
+    if step.version != state.version:
+        share = next(
+            s for s in config.shares if profiling.version_name(s) == step.version
+        )
+        flops = compressors.switch_flops(compressor, params, site.whole, share)
+        params = compressor.compress(params, site.whole, share)
+        loss = site.trainer.evaluate(params)["loss"]
+        costs.append(switch_cost(problem, holder, flops))
+    if holder.coordinator != cluster.coordinator:
+        moved = compressor.parameter_bytes(params)
+        costs.append(hand_over_cost(problem, holder, cluster, 8 * moved))
+    joules, seconds = map(sum, zip(*costs, strict=True))
+    return params, loss, moved, joules, seconds
 
 
 def _level(config, name: str) -> tuple[str, float]:
