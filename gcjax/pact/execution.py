@@ -11,10 +11,12 @@ were declared: what differs from the plan is what was done, not how it is priced
 **Re-planning** (`config.replan`). After every epoch the curve of its version is fitted
 again to the losses measured so far, and the rest is planned anew from the measured
 loss, time left and epochs left; training stops as soon as the target is met. Where no
-plan is found any more, the action of the least predicted loss in the time left is
-taken, the epoch is marked as a fall-back, and the next one is planned again; where no
-epoch fits into the time left, the run ends and the record says that the target was
-missed. Without re-planning the whole plan is carried out, whatever the losses are.
+plan is found any more, one is made with the profile's own curves, as one bad epoch can
+make the fitted ones too gloomy. Where there is none either, the action of the least
+predicted loss in the time left is taken, the epoch is marked as a fall-back, and the
+next one is planned again. Where no epoch fits into the time left, the run ends and the
+record says that the target was missed. Without re-planning the whole plan is carried
+out, whatever the losses are.
 
 References:
   Malandrino et al., "Matching DNN Compression and Cooperative Training with Resources
@@ -198,7 +200,10 @@ def _first_plan(problem: Problem, method: str) -> Plan | None:
 def _next(
     site: Site, state: State, planned: Plan, done: int
 ) -> tuple[Step | None, str]:
-    """The next epoch, and how it came about: "planned", "re-planned", "fall-back"."""
+    """The next epoch, and how it came about.
+
+    That is "planned", "re-planned", "from the profile" or "fall-back".
+    """
     if not site.config.replan:
         left = planned.steps[done:]
         return (left[0] if left else None), "planned"
@@ -208,18 +213,21 @@ def _next(
         return None, ""
     if not done:
         return planned.steps[0], "planned"
-    ahead = dataclasses.replace(
-        refitted(site, state),
+    now = dict(
         start_version=state.version,
         start_cluster=state.cluster,
         start_loss=min(state.loss, problem.top_loss),
         deadline_s=left_s,
         max_epochs=epochs,
     )
-    try:
-        return least_energy(ahead, limit_s=_PROOF_S).steps[0], "re-planned"
-    except (InfeasibleError, NoneFoundError):
-        return least_loss(ahead), "fall-back"
+    again = refitted(site, state)
+    for curves, how in ((again, "re-planned"), (problem, "from the profile")):
+        try:
+            ahead = dataclasses.replace(curves, **now)
+            return least_energy(ahead, limit_s=_PROOF_S).steps[0], how
+        except (InfeasibleError, NoneFoundError):
+            pass
+    return least_loss(dataclasses.replace(again, **now)), "fall-back"
 
 
 def refitted(site: Site, state: State) -> Problem:
