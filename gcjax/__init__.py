@@ -1,5 +1,8 @@
 """gcjax: adaptive gradient compression for data-parallel training in JAX."""
 
+import importlib
+from types import ModuleType
+
 from gcjax.aggregate import adapt, aggregator, matrices_above
 from gcjax.allocation import (
     Allocation,
@@ -55,6 +58,8 @@ __all__ = [
     "as_local",
     # what is really sent
     "wire_report",
+    # planning
+    "pact",
     # types
     "Aggregator",
     "Allocation",
@@ -63,3 +68,10 @@ __all__ = [
     "Layout",
     "Selector",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports `gcjax.pact` when it is first used: scipy's part of it takes a while."""
+    if name == "pact":
+        return importlib.import_module("gcjax.pact")
+    raise AttributeError(f"module 'gcjax' has no attribute {name!r}")

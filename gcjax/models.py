@@ -15,20 +15,62 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Calla
 
     Returns:
       init: key -> (params, model_state).
-      apply: (params, model_state, inputs, training) -> (outputs, new model_state).
+      apply: (params, model_state, inputs, training) -> (outputs, new model_state). The
+        network is what its parameters are: layers may be thinner than those of `init`,
+        and may be `Factored`; see `gcjax.pact.compressors`.
     """
-    definition = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+    @functools.lru_cache
+    def definition(factored):
+        def with_factors():
+            module = build(nnx.Rngs(0))
+            for name in factored:
+                setattr(module, name, Factored(getattr(module, name)))
+            return module
+
+        return nnx.graphdef(nnx.eval_shape(with_factors))
+
+    definition(())  # a module that cannot be built fails here
 
     def init(key):
         _, params, stats = nnx.split(build(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
     def apply(params, model_state, inputs, training):
-        model = nnx.merge(definition, params, model_state)
+        model = nnx.merge(definition(_factored(params)), params, model_state)
         outputs = model(inputs, training)
         return outputs, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     return init, apply
+
+
+def _factored(params: dict) -> tuple[str, ...]:
+    """Names of the layers whose parameters are those of `Factored`."""
+    return tuple(name for name, part in params.items() if "narrow" in part)
+
+
+class Factored(nnx.Module):
+    """A convolution or dense layer of low rank: a narrow layer, then one that widens.
+
+    The narrow layer has the kernel's extent, the other one is 1x1, so that the product
+    of their kernels takes the place of the layer's. Widths are those of the parameters.
+    """
+
+    def __init__(self, layer):
+        rngs, ends = nnx.Rngs(0), (layer.in_features, layer.out_features)
+        if isinstance(layer, nnx.Conv):
+            same = dict(strides=layer.strides, padding=layer.padding)
+            size, bias = layer.kernel_size, layer.use_bias
+            self.narrow = nnx.Conv(ends[0], 1, size, use_bias=False, rngs=rngs, **same)
+            one = (1,) * len(size)
+            self.widen = nnx.Conv(1, ends[1], one, use_bias=bias, rngs=rngs)
+        else:
+            self.narrow = nnx.Linear(ends[0], 1, use_bias=False, rngs=rngs)
+            self.widen = nnx.Linear(1, ends[1], use_bias=layer.use_bias, rngs=rngs)
+
+    def __call__(self, x):
+        """Maps [..., n_in] to [..., n_out]."""
+        return self.widen(self.narrow(x))
 
 
 def _normal(std: float) -> Callable:

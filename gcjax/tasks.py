@@ -49,6 +49,7 @@ def image_classification(
     data_dir: str | os.PathLike | None = None,
     train_size: int | None = None,
     test_size: int | None = None,
+    validation_size: int = 0,
     augment: bool = False,
     norm: str | None = None,
     split: splits.Split | None = None,
@@ -65,6 +66,9 @@ def image_classification(
       data_dir: Passed to `data.load`.
       train_size: Number of training images kept, the first ones; None keeps all.
       test_size: The same for test images.
+      validation_size: Evaluate on so many training images, the last ones, which are
+        held out of training, in the place of the test images: for decisions that are
+        made while training runs. 0: on the test images.
       augment: Apply `data.shift_and_mirror`, drawn from (seed, step): for CIFAR.
       norm: "group" or "batch", for vgg11 and resnet18, where None means "group". The
         running statistics of "batch" are the model_state.
@@ -88,6 +92,11 @@ def image_classification(
         {k: _first(images[f"{k}_{part}"], size, f"{part}_size") for k in "xy"}
         for part, size in (("train", train_size), ("test", test_size))
     )
+    if validation_size:
+        kept = len(images["y_train"]) - validation_size
+        kept = _within(train_size, kept, "train_size beside validation_size")
+        train = {k: images[f"{k}_train"][:kept] for k in "xy"}
+        test = {k: images[f"{k}_train"][-validation_size:] for k in "xy"}
     init, apply = models.functional(
         lambda rngs: models.MODELS[model](shape, classes, norm, rngs)
     )
@@ -296,9 +305,15 @@ def _check_name(kind: str, name: str, valid) -> None:
 
 def _first(array: np.ndarray, size: int | None, name: str) -> np.ndarray:
     """Takes the first `size` entries, or all."""
-    if size is not None and not 1 <= size <= len(array):
-        raise ValueError(f"{name} must be in [1, {len(array)}], got {size}")
-    return array[:size]
+    return array[: _within(size, len(array), name)]
+
+
+def _within(size: int | None, most: int, name: str) -> int:
+    """Checks a number of samples; None stands for as many as there are."""
+    size = most if size is None else size
+    if not 1 <= size <= most:
+        raise ValueError(f"{name} must be in [1, {most}], got {size}")
+    return size
 
 
 def _means(metrics: Callable, arrays: Batch, chunk: int) -> dict[str, float]:

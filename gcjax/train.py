@@ -209,7 +209,10 @@ def build(config: ml_collections.ConfigDict, method: str) -> Run:
 
 
 def train(
-    config: ml_collections.ConfigDict, method: str, workdir: Path
+    config: ml_collections.ConfigDict,
+    method: str,
+    workdir: Path,
+    body: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Trains one method and writes `record.json` and `metrics.jsonl` into `workdir`.
 
@@ -225,7 +228,7 @@ def train(
     record = results.new_record(config, method)
     begun = time.perf_counter()
     try:
-        _train(config, method, workdir, record)
+        (body or _train)(config, method, workdir, record)
     except BaseException as error:
         record["status"] = "failed"
         record["error"] = f"{type(error).__name__}: {error}"

@@ -17,6 +17,7 @@ import bench_uploads  # noqa: E402
 import pact_study  # noqa: E402
 
 from gcjax import command, report, study  # noqa: E402
+from gcjax.pact import outcomes  # noqa: E402
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     runs, out = Path(flags.FLAGS.runs), Path(flags.FLAGS.out)
     written = report.tables(runs, out) + report.figures(runs, out)
     others = (study, bench_codecs, bench_network, bench_time_to_accuracy)
-    for other in (*others, bench_uploads, pact_study):
+    for other in (*others, bench_uploads, pact_study, outcomes):
         written += other.write_report(runs, out)
     for path in written:
         print(path)

@@ -21,7 +21,8 @@ from ml_collections import config_flags
 # Configs import each other as `configs.base`, wherever the command is given.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gcjax import command, report, results, train  # noqa: E402
+from gcjax import command, report, results  # noqa: E402
+from gcjax.pact import execution  # noqa: E402
 
 Run = tuple[ml_collections.ConfigDict, str]  # a config and a method
 
@@ -90,7 +91,7 @@ def sweep(
 def do(run: Run, path: Path, workdir: Path) -> bool:
     """Does one run and puts its record in place; False if it has failed."""
     try:
-        train.train(*run, workdir)
+        execution.trainer_for(run[0])(*run, workdir)
     except Exception as error:  # the others may still succeed
         print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
     made = workdir / "record.json"

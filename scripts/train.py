@@ -1,5 +1,7 @@
 """Trains what a config describes and writes one record for each of its methods.
 
+Configs with nodes are plans, which are made and carried out; see gcjax.pact.execution.
+
 python scripts/train.py --config=configs/quickstart.py --config.learning_rate=0.05
 
 As one of several processes, one worker on each device of all of them: under Slurm, by
@@ -20,7 +22,8 @@ from ml_collections import config_flags
 # Configs import each other as `configs.base`, wherever the command is given.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gcjax import cluster, command, report, results, train  # noqa: E402
+from gcjax import cluster, command, report, results  # noqa: E402
+from gcjax.pact import execution, outcomes  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 WORKDIR = flags.DEFINE_string(
@@ -52,8 +55,11 @@ def run(config: ml_collections.ConfigDict) -> None:
         folder = workdir
         if len(config.methods) > 1:
             folder = workdir / results.slug(results.label(config, method))
-        records.append(train.train(config, method, folder))
+        records.append(execution.trainer_for(config)(config, method, folder))
     if jax.process_index() > 0:
+        return
+    if "nodes" in config:
+        print(outcomes.summary(records))
         return
     print(report.summary(records))
     if len(records) > 1:

@@ -348,3 +348,21 @@ def test_cifar10_statistics_are_the_published_ones():
     mean, std = data.channel_statistics(data.load("cifar10", REAL)["x_train"])
     np.testing.assert_allclose(mean.ravel() / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)
     np.testing.assert_allclose(std.ravel() / 255, [0.2470, 0.2435, 0.2616], atol=1e-4)
+
+
+def test_validation_images_are_training_images_that_are_held_out():
+    task = tasks.image_classification("digits", "logistic", validation_size=100)
+    images = data.load("digits")
+    x, y = (images[f"{k}_train"] for k in "xy")
+    assert len(task.labels) == len(y) - 100
+    seen = task.batches(0, 1, len(y) - 100)(0)  # an epoch in one batch
+    np.testing.assert_array_equal(
+        np.bincount(seen["y"][0], minlength=10), np.bincount(y[:-100], minlength=10)
+    )
+    params, state = task.init(jax.random.key(0))
+    held_out = {"x": x[-100:], "y": y[-100:]}
+    loss = float(task.loss(params, state, held_out, None)[0])
+    assert task.evaluate(params, state)["loss"] == pytest.approx(loss, rel=1e-5)
+    sizes = dict(train_size=1400, validation_size=100)
+    with pytest.raises(ValueError, match="beside validation_size must be in"):
+        tasks.image_classification("digits", "logistic", **sizes)

@@ -4,6 +4,10 @@
     plan = gcjax.pact.plan(problem)
 
 Read `problem.py` first, then `graph.py`; `planning.py` says when to use which solver.
+
+Plans are carried out by `execution.py`, with what `profiling.py` has measured of the
+versions that `compressors.py` makes; these train, and so are imported by themselves:
+`from gcjax.pact import execution`.
 """
 
 from gcjax.pact.baselines import BASELINES
@@ -15,6 +19,7 @@ from gcjax.pact.predictor import (
     fit_curve,
     fit_jump,
     next_loss,
+    refit_curve,
 )
 from gcjax.pact.problem import (
     Cluster,
@@ -56,6 +61,7 @@ __all__ = [
     "next_loss",
     "fit_curve",
     "fit_jump",
+    "refit_curve",
     # plans
     "plan",
     "frontier",

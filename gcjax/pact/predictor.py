@@ -104,6 +104,8 @@ def fit_curve(
 ) -> tuple[PowerLaw | Exponential, float]:
     """Fits a curve to one run by bounded least squares on the logarithm of the loss.
 
+    Errors beyond 5 % count linearly, not squared: losses of a few steps jump.
+
     Args:
       samples: [n] samples seen, n >= 4, strictly increasing and positive.
       losses: [n] losses, positive.
@@ -152,10 +154,66 @@ def fit_curve(
         p0 = [share * low, span if not power else 0.3 * span, 1.0 if not power else 0.5]
         p0 += [0.01] if power else []
         p0 = np.clip(p0, np.array(lower) * 1.001, np.array(upper) * 0.999)
-        found = least_squares(residuals, p0, bounds=(lower, upper), x_scale=upper)
+        found = least_squares(
+            residuals,
+            p0,
+            bounds=(lower, upper),
+            x_scale=upper,
+            loss="soft_l1",
+            f_scale=0.05,
+        )
         if best is None or found.cost < best.cost:
             best = found
     return curve_of(best.x), float(np.sqrt(np.mean(best.fun**2)))
+
+
+def refit_curve(
+    curve: PowerLaw | Exponential,
+    before: np.ndarray,
+    samples: np.ndarray,
+    after: np.ndarray,
+    noise: float,
+    spread: float = 0.5,
+) -> PowerLaw | Exponential:
+    """Corrects a curve by the epochs that a run has seen so far.
+
+    The floor, and how many samples the same progress takes, are moved to where they
+    explain the epochs best, but not further from the profile than so few epochs
+    warrant: the maximum a posteriori under normal errors. The bend stays.
+
+    Args:
+      curve: From the profile.
+      before: [n] losses at the start of each epoch, after a switch if there was one.
+      samples: [n] effective samples of each epoch.
+      after: [n] losses at its end.
+      noise: Standard deviation of a measured loss, relative; positive.
+      spread: Standard deviation of the correction, of the number of samples in the
+        logarithm and of the floor as a share of it; positive.
+
+    Raises:
+      ValueError: for losses that are not finite, or arrays of different lengths.
+    """
+    before, samples, after = (np.asarray(v, float) for v in (before, samples, after))
+    if not before.shape == samples.shape == after.shape or before.ndim != 1:
+        raise ValueError("refit_curve needs one loss before and after for each epoch")
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise ValueError("the run holds losses that are not finite")
+
+    def corrected(p):
+        floor = curve.floor * (1 + spread * p[1])
+        faster = np.exp(spread * p[0])
+        if isinstance(curve, PowerLaw):
+            scale = curve.scale * faster**-curve.exponent
+            return PowerLaw(floor, scale, curve.exponent)
+        return Exponential(floor, curve.scale, curve.rate * faster)
+
+    def residuals(p):
+        found = next_loss(corrected(p), before, samples)
+        return np.concatenate([np.log(found / after) / noise, p])
+
+    # A floor cannot fall below 0.
+    bounds = [-6.0, max(-6.0, -0.999 / spread)], [6.0, 6.0]
+    return corrected(least_squares(residuals, np.zeros(2), bounds=bounds).x)
 
 
 def fit_jump(before: np.ndarray, after: np.ndarray, top: float) -> Jump:
@@ -186,7 +244,8 @@ def fit_jump(before: np.ndarray, after: np.ndarray, top: float) -> Jump:
     found = least_squares(
         residuals,
         [max(rise.max(), 1e-3 * spread), 0.5],
-        bounds=([1e-6 * spread, 0.0], [10 * spread, 1.0]),
+        # A little less than 1, as records round numbers to seven digits.
+        bounds=([1e-6 * spread, 0.0], [10 * spread, 1 - 1e-5]),
         x_scale=[spread, 1.0],
     )
     return Jump(float(found.x[0]), float(found.x[1] / found.x[0]), top)

@@ -18,6 +18,7 @@ References:
   equations here are a reconstruction and not the authors' text.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -288,6 +289,22 @@ class Problem:
                     f"cluster {cluster.name!r} has no data, so it cannot train: "
                     "remove it, or give a member samples"
                 )
+
+    @functools.cached_property
+    def _nodes_by_name(self) -> dict[str, Node]:
+        return {n.name: n for n in self.nodes}
+
+    @functools.cached_property
+    def _links_by_ends(self) -> dict[frozenset[str], Link]:
+        return {frozenset(link.ends): link for link in self.links}
+
+    def members(self, cluster: Cluster) -> list[Node]:
+        """The nodes of a cluster, the coordinator first."""
+        return [self._nodes_by_name[name] for name in cluster.members]
+
+    def link(self, a: str, b: str) -> Link | None:
+        """The link that joins two nodes, None without one."""
+        return self._links_by_ends.get(frozenset((a, b)))
 
     def with_target(self, **changes: float) -> "Problem":
         """The same with other `max_loss`, `deadline_s` or `max_epochs`."""

@@ -8,6 +8,7 @@ and the *rest*, which depends on the new version, the holder and the action. Tha
 what the tables hold; per (state, action) pairs they would be M times larger.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -102,8 +103,7 @@ def _epoch(
     level: GradientLevel,
 ) -> tuple[float, float, float]:
     """Joules, seconds and effective samples of an epoch; inf joules: impossible."""
-    by_name = {n.name: n for n in problem.nodes}
-    members = [by_name[name] for name in cluster.members]
+    members = problem.members(cluster)
     together = len(members) > 1
     rounds = cluster.rounds_per_epoch * fraction if together else 0.0
     memory = version.training_bytes
@@ -111,29 +111,82 @@ def _epoch(
     if together:
         memory += level.bytes_per_parameter * version.parameters
         coding = rounds * level.flops_per_parameter * version.parameters
-    busy, links, link_j = [], [0.0], {n.name: 0.0 for n in members}
-    for node in members:
-        flops = version.flops_per_sample * fraction * node.samples + coding
-        read = fraction * node.samples * problem.sample_bytes / node.input_bytes_per_s
-        busy.append((node, max(flops / node.flops_per_s, read), flops))
-        if node.memory_bytes < memory:
-            return np.inf, np.inf, 0.0
-    for node in members[1:]:
-        link = _link(problem, node.name, cluster.coordinator)
-        sent = level.up_fraction[m] + level.down_fraction[m]
-        bits = rounds * 8 * version.parameter_bytes * sent
-        links.append(bits / link.bits_per_s + 2 * rounds * link.latency_s)
-        link_j[node.name] += bits * link.joules_per_bit
-    seconds = max(s for _, s, _ in busy) + max(links)
-    spent = {
-        node.name: node.joules_per_flop * flops
-        + (node.idle_watts * (seconds - s) if together else 0.0)
-        + link_j[node.name]
-        for node, s, flops in busy
-    }
-    if any(spent[n.name] > n.max_epoch_j for n in members):
+    if any(node.memory_bytes < memory for node in members):
         return np.inf, np.inf, 0.0
-    return sum(spent.values()), seconds, fraction * _useful(problem, cluster, m, level)
+    samples = [fraction * node.samples for node in members]
+    bits = rounds * 8 * version.parameter_bytes
+    bits *= level.up_fraction[m] + level.down_fraction[m]
+    work = Work(
+        [version.flops_per_sample * n + coding for n in samples],
+        samples,
+        [0.0] + [bits] * (len(members) - 1),
+        rounds,
+    )
+    spent, seconds = epoch_cost(problem, cluster, work)
+    if any(j > n.max_epoch_j for j, n in zip(spent, members, strict=True)):
+        return np.inf, np.inf, 0.0
+    return sum(spent), seconds, fraction * _useful(problem, cluster, m, level)
+
+
+class Work(NamedTuple):
+    """What the members of a cluster do in an epoch, planned or counted."""
+
+    flops: Sequence[float]  # of each member
+    samples: Sequence[float]  # read by each member
+    bits: Sequence[float]  # up and down together, 0 for the coordinator
+    rounds: float  # of exchange
+
+
+def epoch_cost(
+    problem: Problem, cluster: Cluster, work: Work
+) -> tuple[list[float], float]:
+    """What an epoch's work costs: joules of each member, and seconds.
+
+    Members compute side by side; then the slowest link decides. Those of a cluster wait
+    for each other at their idle power, and a link's energy is its member's.
+    """
+    members = problem.members(cluster)
+    busy = [
+        max(
+            flops / node.flops_per_s,
+            samples * problem.sample_bytes / node.input_bytes_per_s,
+        )
+        for node, flops, samples in zip(members, work.flops, work.samples, strict=True)
+    ]
+    waits, link_j = [0.0], [0.0]
+    for node, bits in zip(members[1:], work.bits[1:], strict=True):
+        link = problem.link(node.name, cluster.coordinator)
+        waits.append(bits / link.bits_per_s + 2 * work.rounds * link.latency_s)
+        link_j.append(bits * link.joules_per_bit)
+    seconds = max(busy) + max(waits)
+    spent = [
+        node.joules_per_flop * flops
+        + (node.idle_watts * (seconds - s) if len(members) > 1 else 0.0)
+        + joules
+        for node, flops, s, joules in zip(
+            members, work.flops, busy, link_j, strict=True
+        )
+    ]
+    return spent, seconds
+
+
+def hand_over_cost(
+    problem: Problem, source: Cluster, target: Cluster, bits: np.ndarray | float
+) -> tuple[np.ndarray | float, np.ndarray | float]:
+    """Joules and seconds of models of so many bits; inf without a link."""
+    ends = source.coordinator, target.coordinator
+    if ends[0] == ends[1]:
+        return 0.0 * bits, 0.0 * bits
+    link = problem.link(*ends)
+    if link is None:
+        return np.inf * bits, np.inf * bits
+    return bits * link.joules_per_bit, bits / link.bits_per_s + link.latency_s
+
+
+def switch_cost(problem: Problem, holder: Cluster, flops: float) -> tuple[float, float]:
+    """Joules and seconds of so many FLOPs at the node that holds the model."""
+    node = problem.members(holder)[0]
+    return flops * node.joules_per_flop, flops / node.flops_per_s
 
 
 def _useful(problem: Problem, cluster: Cluster, m: int, level: GradientLevel) -> float:
@@ -147,8 +200,8 @@ def _useful(problem: Problem, cluster: Cluster, m: int, level: GradientLevel) ->
 
 
 def _histogram(problem: Problem, cluster: Cluster) -> np.ndarray:
-    by_name = {n.name: n for n in problem.nodes}
-    return sum(np.array(by_name[m].histogram, float) for m in cluster.members)
+    members = problem.members(cluster)
+    return sum(np.array(node.histogram, float) for node in members)
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -165,29 +218,12 @@ def _lost_samples(problem: Problem) -> np.ndarray:
     return problem.handover_loss * np.array(lost)
 
 
-def _link(problem: Problem, a: str, b: str):
-    for link in problem.links:
-        if set(link.ends) == {a, b}:
-            return link
-    return None
-
-
 def _moves(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Joules and seconds of a hand-over of each version, [M, C, C]."""
-    bits = 8 * np.array([v.parameter_bytes for v in problem.versions])[:, None, None]
-    shape = len(problem.clusters), len(problem.clusters)
-    joules, rate, latency = np.full(shape, np.inf), np.ones(shape), np.zeros(shape)
-    of = {frozenset(link.ends): link for link in problem.links}
-    for i, a in enumerate(problem.clusters):
-        for j, b in enumerate(problem.clusters):
-            link = of.get(frozenset((a.coordinator, b.coordinator)))
-            if a.coordinator == b.coordinator:
-                joules[i, j], rate[i, j] = 0, np.inf
-            elif link:
-                joules[i, j], rate[i, j] = link.joules_per_bit, link.bits_per_s
-                latency[i, j] = link.latency_s
-    move_j = np.where(np.isinf(joules), np.inf, bits * joules)
-    return move_j, np.where(np.isinf(joules), np.inf, bits / rate + latency)
+    bits = 8 * np.array([v.parameter_bytes for v in problem.versions])
+    clusters = problem.clusters
+    cost = [[hand_over_cost(problem, a, b, bits) for b in clusters] for a in clusters]
+    return tuple(np.moveaxis(np.array(cost), (2, 3), (0, 1)))
 
 
 def _switches(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
@@ -197,12 +233,10 @@ def _switches(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     joules[np.arange(size), np.arange(size)] = 0
     seconds = joules.copy()
     order = {v.name: i for i, v in enumerate(problem.versions)}
-    by_name = {n.name: n for n in problem.nodes}
-    holders = [by_name[c.coordinator] for c in problem.clusters]
     for switch in problem.switches:
         at = order[switch.source], order[switch.target]
-        joules[at] = [switch.flops * n.joules_per_flop for n in holders]
-        seconds[at] = [switch.flops / n.flops_per_s for n in holders]
+        cost = [switch_cost(problem, c, switch.flops) for c in problem.clusters]
+        joules[at], seconds[at] = np.transpose(cost)
     return joules, seconds
 
 
