@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gcjax import pact, report, results, train
+from gcjax import experiment, pact, report, results, train
 from gcjax.pact import compressors, execution, outcomes, predictor, profiling, training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def quick(model="small_cnn", **changed):
 
 
 def nodes_of(config):
-    task, compressor = train.build_task(config), profiling.compressor_of(config)
+    task, compressor = experiment.build_task(config), profiling.compressor_of(config)
     return task, compressor, training.trainer(config, task, compressor)
 
 

@@ -36,7 +36,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from gcjax import results, train
+from gcjax import experiment, results, train
 from gcjax.pact import compressors, profiling, training
 from gcjax.pact.baselines import BASELINES
 from gcjax.pact.compressors import Costs, ModelCompressor, Params
@@ -153,7 +153,7 @@ def _begin(config) -> tuple[Site, State]:
             f"no profile {path}: make it with scripts/pact_profile.py and this config"
         )
     profile = results.read(path)
-    task, compressor = train.build_task(config), profiling.compressor_of(config)
+    task, compressor = experiment.build_task(config), profiling.compressor_of(config)
     trainer = training.trainer(config, task, compressor)
     params = task.init(jax.random.key(config.seed))[0]
     whole = jax.eval_shape(lambda: params)

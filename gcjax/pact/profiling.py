@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from gcjax import results, train
+from gcjax import experiment, results
 from gcjax.pact import compressors, training
 from gcjax.pact.compressors import ModelCompressor, Params
 from gcjax.pact.predictor import Exponential, PowerLaw, fit_curve, fit_jump, next_loss
@@ -44,7 +44,7 @@ def compressor_of(config: ml_collections.ConfigDict) -> ModelCompressor:
     """The compressor that a config names by a call string."""
     factories = (compressors.channels, compressors.low_rank, compressors.entries)
     names = {f.__name__: f for f in factories}
-    return train.call(config.compressor, names, "compressor")
+    return experiment.call(config.compressor, names, "compressor")
 
 
 def version_name(share: float) -> str:
@@ -107,7 +107,7 @@ def profile(
 def _pilot(config: ml_collections.ConfigDict, seed: int) -> Pilot:
     config = ml_collections.ConfigDict(config)
     config.seed = seed
-    task, compressor = train.build_task(config), compressor_of(config)
+    task, compressor = experiment.build_task(config), compressor_of(config)
     trainer = training.trainer(config, task, compressor)
     whole = jax.eval_shape(task.init, jax.random.key(0))[0]
     return Pilot(config, task, compressor, trainer, whole, {})

@@ -21,11 +21,11 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from gcjax import splits, train, workers
+from gcjax import experiment, splits, workers
 from gcjax.pact.compressors import ModelCompressor, Params
 from gcjax.tasks import Batch, Task
 
-AXIS = train.AXIS
+AXIS = experiment.AXIS
 
 
 class Done(NamedTuple):
@@ -47,8 +47,9 @@ class Trainer(NamedTuple):
     # step -> batch of about batch_size samples from all nodes, by their shares.
     pooled: Callable[[int], Batch]
     # (params, members, fraction, rounds, method, seen int[N]) -> Done. `rounds` are
-    # those of an epoch over all data, `method` as for `gcjax.train.build_aggregator`,
-    # `seen` the samples that each node has trained on before.
+    # those of an epoch over all data, `method` as for
+    # `gcjax.experiment.build_aggregator`, `seen` the samples that each node has trained
+    # on before.
     epoch: Callable[..., Done]
     evaluate: Callable[[Params], dict[str, float]]  # held-out loss and accuracy
     optimizer: optax.GradientTransformation  # of each node
@@ -167,7 +168,7 @@ def _apply(tx, params, state, grads, mask):
 
 def _cooperative(task: Task, config, method: str, p: np.ndarray, local):
     """init and step of a cluster whose members have the weights p [n]."""
-    aggregate = train.build_aggregator(config, method, p)
+    aggregate = experiment.build_aggregator(config, method, p)
     tx = optax.chain(aggregate, local)
     across = dict(axis_name=AXIS, num_workers=len(p))
     specs_of = lambda params: workers.state_specs(jax.eval_shape(tx.init, params), AXIS)
