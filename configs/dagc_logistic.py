@@ -132,8 +132,8 @@ def methods(skew: int) -> dict[str, tuple[int, ...]]:
 
 def sweep(add: Callable) -> None:
     """Calls `add` with what each run of the experiment overrides."""
-    for seed in SEEDS:
-        for skew in SKEWS:
+    for skew in SKEWS:
+        for seed in SEEDS:
             for method, seeds in methods(skew).items():
                 if seed in seeds:
                     add(methods=(method,), split=split(skew), seed=seed)

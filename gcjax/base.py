@@ -54,7 +54,7 @@ code of its own:
    what was sent; the mean goes back into the tree, and on to the optax optimizer.
 
 What others do instead: `top_k` sends places as well (`sparsify.pack_indexed`),
-quantisers send codes (`quantize._fields`, `quantize._planes`), and rows of them may be
+quantisers send codes (`codes.fields`, `codes.planes`), and rows of them may be
 dealt out to the workers (`exchange._mean_by_shares`, two collectives);
 `exchange.power_sgd` has a `mean` of its own, with two collectives.
 

@@ -165,15 +165,19 @@ def verdict(gap: tuple[float, float] | None, scale: float = 1) -> str:
     return f"{text} (tie)" if abs(mean) <= 2 * error else text
 
 
-def _or_more(values: list[float | None], steps: int) -> str:
-    """A mean, or that so many runs never got there."""
+def _mean(values: list[float | None], otherwise: str) -> str:
+    """A mean, or something else with how many runs never got there."""
     if None in values:
         missing = sum(v is None for v in values)
-        return f"> {steps:,} ({missing} of {len(values)})"
+        return f"{otherwise} ({missing} of {len(values)})"
     text = f"{statistics.fmean(values):,.0f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):,.0f}"
     return text
+
+
+def _more_than(record: Record) -> str:
+    return f"> {record['config']['steps']:,}"
 
 
 # --- Tables. --------------------------------------------------------------------------
@@ -249,7 +253,7 @@ def _targets(group: Group, targets: Sequence[float], mean_ratio: float) -> str:
         cells = []
         for target in targets:
             count = lambda r, target=target: iterations(r, target)
-            text = _or_more([count(r) for r in runs], runs[0]["config"]["steps"])
+            text = _mean([count(r) for r in runs], _more_than(runs[0]))
             base = [n for n in map(count, uniform) if n is not None]
             gap = paired(uniform, runs, count)
             if gap is not None and base and method != f"uniform({mean_ratio})":
@@ -289,8 +293,7 @@ def _results(name: str, group: Group, target, mean_ratio: float, paper: dict) ->
         base = [n for n in map(count, uniform) if n is not None]
         gap = paired(uniform, runs, count)
         scale = 100 / statistics.fmean(base) if base else 1
-        steps = runs[0]["config"]["steps"]
-        row += [_or_more(need, steps), verdict(gap, scale)]
+        row += [_mean(need, _more_than(runs[0])), verdict(gap, scale)]
         row += [interval(uniform, runs, count, scale)]
         sent = [megabytes(r, target) for r in runs]
         rows.append([*row, "-" if None in sent else f"{statistics.fmean(sent):,.2f}"])
@@ -307,7 +310,7 @@ def _seconds(group: Group, target: float) -> str:
                 cells.append("")  # its ratios are for other links
                 continue
             values = [seconds(r, target, order) for r in runs]
-            cells.append(_or_more(values, runs[0]["config"]["steps"]))
+            cells.append(_mean(values, "never"))
         rows.append([f"`{method}`", *cells])
     return report.markdown(rows)
 

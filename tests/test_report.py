@@ -377,3 +377,13 @@ def test_sweep_wants_one_method_and_known_fields(config_file):
             report.sweep_runs(config, module)
     del module.sweep  # then there is one run for each of the config's methods
     assert [m for _, m in report.sweep_runs(config, module)] == [*config.methods]
+
+
+def test_aggregators_of_one_family_are_told_apart(config_file):
+    other = "compressed_mean(top_k(exact))"
+    runs = [record("uniform(0.01)", 0), record("uniform(0.01)", 0, aggregator=other)]
+    text = report.table("toy", runs, config_file)
+    assert f"| `{other}` | `uniform(0.01)` | 1 of 1 |" in text
+    assert "| `compressed_mean(top_k())` | `uniform(0.01)` |" in text
+    alone = report.table("toy", runs[:1], config_file)
+    assert "| top_k | `uniform(0.01)` |" in alone

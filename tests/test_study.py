@@ -91,6 +91,49 @@ def test_correlations_rank_allocations_by_their_steps():
     assert study.correlations({"dense": runs["dense"]}, 0.5, 0.1) is None
 
 
+def test_intervals_hold_the_mean_and_only_where_all_got_there():
+    base = [record("uniform(0.1)", s, RISING) for s in range(5)]
+    other = [record("other", s, RISING + 0.01 * (s + 1)) for s in range(5)]
+    low, high = map(
+        float, study.interval(other, base, study.final, 100)[1:-1].split(",")
+    )
+    assert 1 <= low < 3 < high <= 5  # the mean gap is 3 points, the gaps 1 to 5
+    assert study.interval(other[:2], base, study.final) == "-"
+    assert study.interval(other, base, lambda r: None) == "-"
+
+
+def test_settings_are_told_apart_by_what_differs():
+    few, many = record("dense", 0, RISING), record("dense", 0, RISING)
+    many["config"]["num_workers"] = 20
+    failed = record("dense", 1, RISING) | {"status": "diverged"}
+    assert list(study.groups([many, few, failed])) == ["2 workers", "20 workers"]
+    assert list(study.groups([few])) == [SPLIT]
+
+
+def test_targets_traffic_and_time_are_in_the_table():
+    late = np.concatenate([np.full(4, 0.1), RISING[:-4]])
+    never = np.full(17, 0.1)
+    names = {"uniform(0.1)": RISING, "late": late, "never": never}
+    runs = [record(n, s, a) for n, a in names.items() for s in range(3)]
+    text = study.table("name", runs, 0.1, {}, targets=(0.5,))
+    lines = [x for x in text.splitlines() if x.startswith("| `late`")]
+    assert "150 ± 0; -36.36 ± 0.00 %" in lines[1]  # 40 steps after 110
+    # 170 steps in all, the median reaches 98 % of 0.8 at the last; 150 bits a step.
+    uniform = [x for x in text.splitlines() if x.startswith("| `uniform(0.1)`")][0]
+    assert uniform.endswith(f"| {170 * 150 / 8e6:.2f} |")
+    hopeless = [x for x in text.splitlines() if x.startswith("| `never`")]
+    assert "> 170 (3 of 3)" in hopeless[0] and "never (3 of 3)" in hopeless[2]
+
+
+def test_pareto_names_what_nothing_beats_in_time_and_traffic():
+    names = {"uniform(0.1)": 100, "less": 50, "more": 400, "most": 800, "dense": 3200}
+    runs = [record(n, 0, RISING, (u, u)) for n, u in names.items()]
+    axes = study.pareto(runs, 0.1).axes
+    shown = [t.get_text() for t in axes[0].get_legend().get_texts()]
+    assert shown == ["less", "uniform(0.1)"]
+    assert study.pareto(runs[:3], 0.1) is None
+
+
 def test_report_is_written_for_experiments_with_weights_only(tmp_path, monkeypatch):
     experiment = "dagc_logistic"
     for seed in range(2):
