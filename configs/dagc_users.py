@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def sweep(add: Callable) -> None:
     """Calls `add` with what each run of the experiment overrides."""
-    for seed in (0, 1, 2):
-        for task, options in TASKS.items():
+    for task, options in TASKS.items():
+        for seed in (0, 1, 2):
             for method in METHODS:
                 add(task=task, methods=(method,), seed=seed, **options)

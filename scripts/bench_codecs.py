@@ -51,6 +51,8 @@ CASES = {
     "natural": ("natural()", 9),
     "top-k 1 %, within 2 %": ("top_k(0.01, tolerance=0.02)", 0.01),
     "top-k 1 %, exact": ("top_k(0.01)", 0.01),
+    # Of normal numbers as many reach it as top-k keeps.
+    "threshold 1 %": ("threshold(2.5758)", 0.01),
     "random-k 1 %": ("random_k(0.01)", 0.01),
 }
 ADAPTIVE = {
@@ -246,6 +248,7 @@ def table(record: dict) -> str:
     lines += [
         "",
         f"`jax.lax.top_k` alone, of the magnitudes, 1 %: {top:.1f} copies.",
+        *_threshold(record["codecs"]),
         "",
         "Entries that were sent, of 1 % wanted: "
         + ", ".join(
@@ -267,6 +270,17 @@ def table(record: dict) -> str:
         cells = " | ".join(f"{s:.1f}" for s in seconds.values())
         lines.append(f"| {family} | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def _threshold(codecs: dict[str, dict[str, float]]) -> list[str]:
+    """What it saves to choose by a given threshold, if that was measured."""
+    if "threshold 1 %" not in codecs:
+        return []
+    encode = lambda name: codecs[name]["encode"]
+    names = [name for name in codecs if name.startswith("top-k 1 %")]
+    ratios = [encode(name) / encode("threshold 1 %") for name in names]
+    text = ", ".join(f"{n} {r:.1f}" for n, r in zip(names, ratios, strict=True))
+    return ["", f"Encoding takes, in units of encoding by a given threshold: {text}."]
 
 
 def write_report(runs: Path, out: Path) -> list[Path]:
