@@ -1,6 +1,6 @@
 """Question: with as many packets, are chosen widths better than a fixed one?
 
-Fed-CVLC: every worker may upload two packets of 128 bytes a step, and chooses how many
+Fed-CVLC: every worker may upload two packets of 32 bytes a step, and chooses how many
 values go into each at how many bits, against 6, 8, 10, 12 and 32 bits for all values.
 Logistic regression on Fashion-MNIST, ten workers of equal size, labels from
 Dirichlet(0.5). Solved again every 50 steps, with three models of what rounding loses.
@@ -20,7 +20,7 @@ import ml_collections
 
 from configs import dagc_logistic, lgreco_cifar10
 
-_PACKETS = "2, 128, 50"
+_PACKETS = "2, 32, 50"
 CHOSEN = tuple(f"fed_cvlc({_PACKETS}, model='{m}')" for m in ("grid", "pq", "qsgd"))
 FIXED = tuple(f"fed_cvlc({_PACKETS}, bits={b})" for b in (6, 8, 10, 12, 32))
 

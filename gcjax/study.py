@@ -320,7 +320,7 @@ def correlations(group: Group, target: float, mean_ratio: float):
 
     Returns:
       {criterion: Spearman's rank correlation}, and the number of allocations; None
-      below four allocations that reach the target.
+      below four allocations, or where all take as long.
     """
     points = []
     for method, runs in group.items():
@@ -337,7 +337,7 @@ def correlations(group: Group, target: float, mean_ratio: float):
         points.append(
             (statistics.fmean(worst if n is None else n for n in need), values)
         )
-    if len(points) < 4:
+    if len(points) < 4 or len({need for need, _ in points}) == 1:
         return None
     need, values = [n for n, _ in points], np.array([v for _, v in points])
     rank = lambda v: float(scipy.stats.spearmanr(v, need).statistic)
