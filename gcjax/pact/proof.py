@@ -1,0 +1,177 @@
+"""A lower bound on the energy of all plans, proved from an estimate of what is needed.
+
+The deadline and `max_epochs` get multipliers (Lagrangian relaxation), which leaves a
+shortest path from the start to the target, over progress as a continuous coordinate.
+Rounding progress up to a grid at every epoch is one way to bound that path from below,
+but a plan of K epochs loses up to K grid steps by it. Here the grid carries a potential
+instead, phi(version, cluster, progress), linear between points: the *estimated* cost of
+what is still needed. Whatever phi is, the true cost is
+
+    V(x) >= phi(x) + W(cell of x),
+
+    W(cell) = min over actions and x in the cell of
+              cost + phi(x + step) - phi(x) + W(cell of x + step),
+
+and as phi is nearly right, what W adds up is small. The inner minimum is exact: the
+difference is linear between the points where x or x + step meet the grid. So the bound
+is as good as the estimate, and is proved at the same time.
+
+References:
+  Handler and Zang, "A dual algorithm for the constrained shortest path problem",
+  Networks 10, 1980, for the multipliers. Potentials that are corrected to what they can
+  prove are those of label correcting with reduced costs; the form above is ours.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gcjax.pact.graph import SLACK, TICKS, Bounds, Graph, start_ticks
+
+_PIECES = 4  # of a cell, in each of which a switch is bounded
+
+
+def least_joules(graph: Graph, bound: Bounds) -> float:
+    """Energy in joules that no plan can stay below.
+
+    Args:
+      graph: What is searched.
+      bound: From `estimate`; its values at the best multipliers are the potential.
+
+    Returns:
+      The proved bound, at least 0; inf where it is proved that no plan exists.
+    """
+    problem = graph.problem
+    if bound.proof:
+        return np.inf
+    bins = bound.value.shape[2] - 1
+    start = start_ticks(graph) * bins / TICKS
+    at_root = np.asarray(bound.value[(*graph.tables.start, int(start))], float)
+    lower = at_root - bound.weights[:, 1:] @ [1, problem.max_epochs]
+    lower = np.where(bound.weights[:, 0] > 0, lower, -np.inf)
+    best = int(np.argmax(lower))
+    weights = np.asarray(bound.weights[best], float)
+    phi = _potential(np.asarray(bound.value[..., best], float))
+    value = _root(graph, bound.energy_unit_j, weights, phi, start)
+    joules = value * (1 - SLACK) - weights[1:] @ [1, problem.max_epochs]
+    return max(0.0, float(joules) * bound.energy_unit_j)
+
+
+def _potential(value: np.ndarray) -> np.ndarray:
+    """Finite and falling with progress, [M, C, J + 1]; any potential is legal."""
+    phi = value.copy()
+    for j in range(1, phi.shape[2]):
+        phi[..., j] = np.where(np.isfinite(phi[..., j]), phi[..., j], phi[..., j - 1])
+    phi = np.maximum.accumulate(np.where(np.isfinite(phi), phi, 0)[..., ::-1], -1)
+    return phi[..., ::-1]
+
+
+def _root(graph: Graph, unit_j: float, weights, phi, start: float) -> float:
+    """Bound on the weighted cost of a whole plan."""
+    tables, bins = graph.tables, phi.shape[2] - 1
+    scale = weights / [unit_j, graph.problem.deadline_s, 1.0]
+    possible = np.isfinite(graph.energy_j)
+    joules = np.where(possible, graph.energy_j, 0)
+    seconds = np.where(possible, graph.seconds, 0)
+    cost = scale[0] * joules + scale[1] * seconds + scale[2]
+    range_ = (graph.high - graph.low)[:, None, None]
+    # More progress never hurts, so that steps within a cell may count as one.
+    step = np.clip(graph.progress / range_ * bins * (1 + 1e-12), 1, bins)
+    exists = np.isfinite(tables.switch_j) & graph.allowed()[..., None]
+    switch = scale[0] * np.where(exists, tables.switch_j, 0)
+    switch += scale[1] * np.where(exists, tables.switch_s, 0)
+    knots = bins * _PIECES
+    least = -(-graph.switch_ticks(knots, up=False) * bins // TICKS) - 1
+    most = graph.switch_ticks(knots, up=True) / TICKS * bins
+    to_f32 = partial(np.asarray, dtype=np.float32)
+    whole = np.floor(step).astype(np.int32)
+    correction = _corrections(
+        to_f32(phi),
+        graph.goal,
+        to_f32(np.where(possible, cost, np.inf)),
+        whole,
+        to_f32(step - whole),
+        graph.destination,
+        to_f32(np.where(exists, switch, np.inf)),
+        np.maximum(least, 0).astype(np.int32),
+        to_f32(most),
+    )
+    m, c = tables.start
+    i = int(start)
+    here = phi[m, c, i] + (start - i) * (phi[m, c, min(i + 1, bins)] - phi[m, c, i])
+    return float(here + np.asarray(correction)[m, c, i])
+
+
+@jax.jit
+def _corrections(phi, goal, cost, whole, part, destination, switch, least, most):
+    """W [M, C, J + 1] of all cells, [j, j + 1) each and the last of one point.
+
+    Args:
+      phi: float32[M, C, J + 1]
+      goal: bool[M]
+      cost: float32[M, C, P], inf where impossible
+      whole: int32[M, C, P], whole cells of a step, at least 1
+      part: float32[M, C, P], the rest of the step, in [0, 1)
+      destination: int32[M, C, P]
+      switch: float32[M, M, C], inf where impossible
+      least: int32[M, M, Q + 1], cell at or before what a switch leads to
+      most: float32[M, M, Q + 1], point at or after it
+    """
+    size, clusters, bins = phi.shape[0], phi.shape[1], phi.shape[2] - 1
+    pieces = (least.shape[2] - 1) // bins
+    # Progress past the target is progress at the target.
+    padded = jnp.concatenate([phi, phi[..., -1:], phi[..., -1:]], -1)
+    knots = jnp.arange(bins * pieces + 1) / pieces
+
+    def between(table, at):  # table [..., J + 3], linear between points
+        low = jnp.floor(at).astype(jnp.int32)
+        share = at - low
+        return (1 - share) * table[..., low] + share * table[..., low + 1]
+
+    def version(back, tables):
+        found, staying = tables
+        m = size - 1 - back
+        after = jax.vmap(between)(padded, most[m])  # [M, C, Q + 1]
+        # Anything from the least progress on.
+        later = lax.cummin(staying, axis=2, reverse=True)
+        later = jax.vmap(lambda t, at: t[:, at])(later, least[m])
+        before = between(padded[m], knots)
+        first = after[..., 1:] - before[:, :-1] + later[..., :-1]
+        last = after[..., -1] - before[:, -1] + later[..., -1]
+        others = (jnp.arange(size) > m)[:, None]
+        costs = jnp.where(others, switch[m], jnp.inf)
+        moved = jnp.min(first + costs[..., None], 0)
+        moved = jnp.min(moved.reshape(clusters, bins, pieces), -1)
+        end = jnp.min(last + costs, 0)
+        # Where nothing is gained any more, all clusters are one epoch away.
+        end = jnp.where(goal[m], -phi[m, :, bins], jnp.min(end + phi[m, :, bins]))
+        end = jnp.where(goal[m], end, end - phi[m, :, bins])
+        moved = jnp.concatenate([moved, end[:, None]], 1)
+        r, own_phi = part[m], padded[m]
+
+        def cell(i, tables):
+            own, stay = tables  # [J + 1, C] each
+            j = bins - i
+            near = jnp.minimum(j + whole[m], bins)
+            to = destination[m]
+            there = [own_phi[to, jnp.minimum(near + k, bins)] for k in range(3)]
+            here, following = own_phi[:, j][:, None], own_phi[:, j + 1][:, None]
+            change = jnp.minimum(
+                (1 - r) * there[0] + r * there[1] - here,
+                there[1] - r * here - (1 - r) * following,
+            )
+            change = jnp.minimum(change, (1 - r) * there[1] + r * there[2] - following)
+            rest = jnp.minimum(own[near, to], own[jnp.minimum(near + 1, bins), to])
+            best = jnp.min(cost[m] + change + rest, 1)
+            value = jnp.where(i == 0, moved[:, bins], jnp.minimum(best, moved[:, j]))
+            return own.at[j].set(value), stay.at[j].set(best)
+
+        own = jnp.full((bins + 1, clusters), jnp.inf).at[bins].set(moved[:, bins])
+        own, stay = lax.fori_loop(0, bins + 1, cell, (own, own))
+        return found.at[m].set(own.T), staying.at[m].set(stay.T)
+
+    empty = jnp.full(phi.shape, jnp.inf, jnp.float32)
+    return lax.fori_loop(0, size, version, (empty, empty))[0]
