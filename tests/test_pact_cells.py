@@ -8,7 +8,7 @@ import pytest
 from pact_cases import small
 
 from gcjax import pact
-from gcjax.pact import cells, exact, graph, planning, scaled
+from gcjax.pact import bucket, cells, exact, graph, scaled
 
 
 @functools.cache
@@ -59,9 +59,8 @@ def test_grid_is_within_its_proved_bound_and_never_below_the_optimum():
             found = graph.build(problem)
             # Dearer labels than the bound may be dropped: it must be kept without.
             proved = graph.bounds(found, bins=512)
-            log = planning._run(
-                found, proved, bound, (*bins, 1), snap=True, guided=False
-            )
+            a = cells.arrays(found, proved, bound, (*bins, 1), snap=True)
+            log = bucket.run(a, snap=True, guided=False)
             plan = pact.replay(problem, cells.trace(found, log, int(log.best)))
             assert pact.feasible(problem, plan)
             assert best * (1 - 1e-9) <= plan.joules <= bound * (1 + 1e-5)
@@ -99,7 +98,7 @@ def test_cells_hide_nothing_when_they_are_fine_enough():
         found = graph.build(problem)
         bound = graph.estimate(found)
         bins = 8192, 8192, problem.max_epochs
-        log = planning._run(found, bound, 1.05 * best, bins)
+        log = bucket.run(cells.arrays(found, bound, 1.05 * best, bins))
         plan = pact.replay(problem, cells.trace(found, log, int(log.best)))
         np.testing.assert_allclose(plan.joules, best, rtol=1e-6)
 
@@ -148,7 +147,7 @@ def test_no_second_compilation_for_another_resolution_or_target():
     problem, best = problems()[2]
     found = graph.build(problem)
     bound = graph.estimate(found)
-    planning._run(found, bound, best * 1.1, (256, 16, 1))
+    bucket.run(cells.arrays(found, bound, best * 1.1, (256, 16, 1)))
     size = cells.solve._cache_size()
-    planning._run(found, bound, best * 1.3, (1024, 4, 2))
+    bucket.run(cells.arrays(found, bound, best * 1.3, (1024, 4, 2)))
     assert cells.solve._cache_size() == size

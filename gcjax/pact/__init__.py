@@ -7,7 +7,7 @@ Read `problem.py` first, then `graph.py`; `planning.py` says when to use which s
 """
 
 from gcjax.pact.baselines import BASELINES
-from gcjax.pact.planning import SOLVERS, frontier, lower_bound, plan
+from gcjax.pact.planning import SOLVERS, frontier, lower_bound, plan, plan_batch
 from gcjax.pact.predictor import (
     Exponential,
     Jump,
@@ -26,7 +26,7 @@ from gcjax.pact.problem import (
     Switch,
     from_config,
 )
-from gcjax.pact.scenarios import KINDS, perturbed, scenario
+from gcjax.pact.scenarios import KINDS, perturbed, scenario, with_gradient_levels
 from gcjax.pact.schedule import (
     InfeasibleError,
     NoneFoundError,
@@ -58,6 +58,7 @@ __all__ = [
     "fit_jump",
     # plans
     "plan",
+    "plan_batch",
     "frontier",
     "lower_bound",
     "replay",
@@ -71,5 +72,6 @@ __all__ = [
     # synthetic problems
     "scenario",
     "perturbed",
+    "with_gradient_levels",
     "KINDS",
 ]

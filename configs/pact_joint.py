@@ -1,0 +1,37 @@
+"""Question: is it worth planning model versions and gradient levels together?
+
+The synthetic family of gcjax/pact/scenarios.py with four levels of gradient compression
+in clusters of several nodes, where links are slow. The joint plan against one without
+gradient levels, one without versions, and both one after the other.
+
+Command: python scripts/pact_joint.py --config=configs/pact_joint.py
+Seconds: the same with --config=configs/pact_joint.py:quick
+Table and figure: python scripts/pact_joint.py --report
+Expected: the joint plan is never dearer, up to the planner's own gap; figures are in
+results/tables/pact_joint.md.
+Time: some ten minutes of one CPU core.
+"""
+
+import ml_collections
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The family; with "quick" one small problem of it."""
+    if arg not in (None, "quick"):
+        raise ValueError(f"the config's argument can be 'quick', got {arg!r}")
+    config = ml_collections.ConfigDict()
+    config.kinds = ("cooperative", "slow links")
+    # (versions, clusters, epochs) of each size.
+    config.sizes = ((3, 8, 40),)
+    config.seeds = (1, 2, 3, 4)
+    # Target losses, and deadlines between the fastest plan's time (0) and the most
+    # frugal one's (1), in the logarithm.
+    config.losses = (0.9, 0.65)
+    config.deadlines = (0.2, 0.5, 0.8)
+    if arg == "quick":
+        config.kinds = ("cooperative",)
+        config.sizes = ((2, 4, 12),)
+        config.seeds = (1,)
+        config.losses = (0.9,)
+        config.deadlines = (0.5,)
+    return config
