@@ -143,6 +143,23 @@ def test_a_batch_of_problems_is_solved_as_one_by_one():
         np.testing.assert_allclose(alone.cost[:n], together.cost[i, :n], rtol=1e-6)
 
 
+def test_plans_of_a_batch_are_as_good_as_single_ones():
+    chosen = [p for p, _ in problems()[:5]]
+    met = chosen[0].with_target(max_loss=chosen[0].start_loss)
+    never = chosen[1].with_target(deadline_s=1e-3 * chosen[1].deadline_s)
+    before = bucket._solve_batch._cache_size()
+    *plans, of_met, of_never = pact.plan_batch([*chosen, met, never])
+    assert bucket._solve_batch._cache_size() == before + 1  # one program for all
+    assert of_met.steps == () and of_never is None
+    for problem, plan, (_, best) in zip(chosen, plans, problems(), strict=False):
+        assert pact.feasible(problem, plan)
+        assert best * (1 - 1e-9) <= plan.joules <= 1.03 * best
+        assert 0 < plan.lower_bound_j <= best * (1 + 1e-9)
+    assert pact.plan_batch([]) == []
+    with pytest.raises(ValueError, match="equally many versions"):
+        pact.plan_batch([chosen[0], small(1, 3, 3, 12)])
+
+
 def test_no_second_compilation_for_another_resolution_or_target():
     problem, best = problems()[2]
     found = graph.build(problem)

@@ -7,7 +7,6 @@ plan is as near as wanted to a proved lower bound.
 """
 
 import dataclasses
-import time
 from collections.abc import Generator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -105,7 +104,7 @@ def _solve_batch(a: cells.Arrays, capacity: int) -> cells.Log:
 
 
 def _padded(graph: Graph, actions: int) -> Graph:
-    """The graph with so many actions of each version and cluster, the last impossible."""
+    """The graph with so many actions in every place, the last ones impossible."""
     more = ((0, 0), (0, 0), (0, actions - graph.action.shape[2]))
     pad = partial(np.pad, pad_width=more)
     return graph._replace(

@@ -169,15 +169,13 @@ def _worse_places(tables: Tables, m: int) -> tuple[np.ndarray, np.ndarray]:
     possible = tables.possible[after]
     more_j, more_s = np.zeros((2, clusters, clusters))
     for a in range(clusters):
-        for b in range(clusters):
-            there = possible[:, a]
-            if (there & ~possible[:, b]).any() or (
-                there & (gained[:, b] < gained[:, a])
-            ).any():
-                more_j[a, b] = more_s[a, b] = np.inf if a != b else 0
-            elif there.any():
-                for more, cost in ((more_j, joules), (more_s, seconds)):
-                    more[a, b] = max(0, (cost[:, b][there] - cost[:, a][there]).max())
+        there = possible[:, a, None]  # [versions, 1, A]
+        lacks = (there & (~possible | (gained < gained[:, a, None]))).any((0, 2))
+        lacks[a] = False
+        for more, cost in ((more_j, joules), (more_s, seconds)):
+            with np.errstate(invalid="ignore"):  # inf - inf, among impossible ones
+                worse = np.where(there, cost - cost[:, a, None], 0).max((0, 2))
+            more[a] = np.where(lacks, np.inf, np.maximum(worse, 0))
     return more_j, more_s
 
 

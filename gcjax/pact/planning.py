@@ -10,7 +10,7 @@ import numpy as np
 from gcjax.pact import bucket, cells, exact, proof, scaled
 from gcjax.pact.graph import Bounds, Graph, bounds, build, estimate, units
 from gcjax.pact.problem import Problem
-from gcjax.pact.schedule import NoneFoundError, Plan, feasible, replay
+from gcjax.pact.schedule import NoneFoundError, Plan, replay
 
 SOLVERS = ("bucket", "grid", "cost_scaled", "labels", "brute_force")
 _GRID = 64, 128  # bins of loss and time that the grid starts from

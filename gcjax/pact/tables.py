@@ -13,7 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from gcjax.pact.predictor import next_loss
-from gcjax.pact.problem import Cluster, GradientLevel, ModelVersion, Node, Problem
+from gcjax.pact.problem import (
+    Cluster,
+    GradientLevel,
+    Link,
+    ModelVersion,
+    Node,
+    Problem,
+)
 
 
 class Tables(NamedTuple):
@@ -53,12 +60,19 @@ def tabulate(problem: Problem) -> Tables:
     fraction = np.asarray(problem.data_fractions, float)[fraction]
 
     train = np.empty((3, len(versions), len(destination)))
+    network = _Network(
+        {n.name: n for n in problem.nodes},
+        {frozenset(link.ends): link for link in problem.links},
+    )
+    useful = [_useful(problem, c) for c in clusters]
     for m, version in enumerate(versions):
         for a, (c, f, g) in enumerate(zip(destination, fraction, level, strict=True)):
-            train[:, m, a] = _epoch(problem, m, version, clusters[c], f, levels[g])
+            spent = _epoch(problem, network, m, clusters[c], f, levels[g])
+            kept = levels[g].efficiency[m] if len(clusters[c].members) > 1 else 1.0
+            train[:, m, a] = *spent, f * useful[c] * kept
         if not np.isfinite(train[0, m]).any():
             raise ValueError(_why_nobody(problem, version))
-    move_j, move_s = _moves(problem)
+    move_j, move_s = _moves(problem, network)
     lost = _lost_samples(problem)
     energy = train[0][:, None] + move_j[:, :, destination]
     seconds = train[1][:, None] + move_s[:, :, destination]
@@ -93,17 +107,22 @@ def _uncompressed(versions: int) -> GradientLevel:
     return GradientLevel("none", ones, ones, ones)
 
 
+class _Network(NamedTuple):
+    nodes: dict[str, Node]
+    links: dict[frozenset[str], Link]
+
+
 def _epoch(
     problem: Problem,
+    network: _Network,
     m: int,
-    version: ModelVersion,
     cluster: Cluster,
     fraction: float,
     level: GradientLevel,
-) -> tuple[float, float, float]:
-    """Joules, seconds and effective samples of an epoch; inf joules: impossible."""
-    by_name = {n.name: n for n in problem.nodes}
-    members = [by_name[name] for name in cluster.members]
+) -> tuple[float, float]:
+    """Joules and seconds of an epoch; inf where impossible."""
+    version = problem.versions[m]
+    members = [network.nodes[name] for name in cluster.members]
     together = len(members) > 1
     rounds = cluster.rounds_per_epoch * fraction if together else 0.0
     memory = version.training_bytes
@@ -117,9 +136,9 @@ def _epoch(
         read = fraction * node.samples * problem.sample_bytes / node.input_bytes_per_s
         busy.append((node, max(flops / node.flops_per_s, read), flops))
         if node.memory_bytes < memory:
-            return np.inf, np.inf, 0.0
+            return np.inf, np.inf
     for node in members[1:]:
-        link = _link(problem, node.name, cluster.coordinator)
+        link = network.links[frozenset((node.name, cluster.coordinator))]
         sent = level.up_fraction[m] + level.down_fraction[m]
         bits = rounds * 8 * version.parameter_bytes * sent
         links.append(bits / link.bits_per_s + 2 * rounds * link.latency_s)
@@ -132,17 +151,15 @@ def _epoch(
         for node, s, flops in busy
     }
     if any(spent[n.name] > n.max_epoch_j for n in members):
-        return np.inf, np.inf, 0.0
-    return sum(spent.values()), seconds, fraction * _useful(problem, cluster, m, level)
+        return np.inf, np.inf
+    return sum(spent.values()), seconds
 
 
-def _useful(problem: Problem, cluster: Cluster, m: int, level: GradientLevel) -> float:
-    """Effective samples of all of a cluster's data."""
+def _useful(problem: Problem, cluster: Cluster) -> float:
+    """Effective samples of all of a cluster's data, gradients uncompressed."""
     samples = _histogram(problem, cluster)
     everything = sum(np.array(n.histogram, float) for n in problem.nodes)
     kept = 1 - problem.skew_loss * _distance(samples, everything)
-    if len(cluster.members) > 1:
-        kept *= level.efficiency[m]
     return float(samples.sum() * cluster.efficiency * kept)
 
 
@@ -165,22 +182,14 @@ def _lost_samples(problem: Problem) -> np.ndarray:
     return problem.handover_loss * np.array(lost)
 
 
-def _link(problem: Problem, a: str, b: str):
-    for link in problem.links:
-        if set(link.ends) == {a, b}:
-            return link
-    return None
-
-
-def _moves(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+def _moves(problem: Problem, network: _Network) -> tuple[np.ndarray, np.ndarray]:
     """Joules and seconds of a hand-over of each version, [M, C, C]."""
     bits = 8 * np.array([v.parameter_bytes for v in problem.versions])[:, None, None]
     shape = len(problem.clusters), len(problem.clusters)
     joules, rate, latency = np.full(shape, np.inf), np.ones(shape), np.zeros(shape)
-    of = {frozenset(link.ends): link for link in problem.links}
     for i, a in enumerate(problem.clusters):
         for j, b in enumerate(problem.clusters):
-            link = of.get(frozenset((a.coordinator, b.coordinator)))
+            link = network.links.get(frozenset((a.coordinator, b.coordinator)))
             if a.coordinator == b.coordinator:
                 joules[i, j], rate[i, j] = 0, np.inf
             elif link:

@@ -1,0 +1,73 @@
+"""Bounds from potentials: never above the optimum, whatever the potential; tight."""
+
+import numpy as np
+import pytest
+from pact_cases import small
+
+from gcjax import pact
+from gcjax.pact import exact, graph, proof
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_no_plan_is_below_the_bound(block):
+    proved = 0
+    for seed in range(2000 + 20 * block, 2020 + 20 * block):
+        problem = small(seed, 1 + seed % 3, 2, 4)
+        best = exact.brute_force(problem)
+        expanded = graph.build(problem)
+        estimated = graph.estimate(expanded, 256)
+        bound = proof.least_joules(expanded, estimated)
+        if best is None:
+            continue
+        if not best.steps:
+            continue
+        proved += 1
+        assert bound <= best.joules * (1 + 1e-9)
+    assert proved > 4
+
+
+def test_any_potential_is_legal():
+    """Estimates that are wrong make the bound worse, never false."""
+    rng = np.random.default_rng(0)
+    worse = 0
+    for seed in range(2100, 2116):
+        problem = small(seed, 2, 2, 4)
+        best = exact.brute_force(problem)
+        if best is None or not best.steps:
+            continue
+        expanded = graph.build(problem)
+        estimated = graph.estimate(expanded, 256)
+        good = proof.least_joules(expanded, estimated)
+        value = np.asarray(estimated.value)
+        noisy = value * rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
+        bad = proof.least_joules(expanded, estimated._replace(value=noisy))
+        assert bad <= best.joules * (1 + 1e-9)
+        worse += bad < good
+    assert worse > 3
+
+
+def test_bounds_are_tight_for_many_epochs_and_better_than_rounding():
+    """Of 60 epochs, what is lost by not rounding whole epochs up is below 2 %."""
+    for kind in ("tiers", "slow storage"):
+        problem = pact.scenario(kind, 3, 5, 60, 0)
+        expanded = graph.build(problem)
+        plans = [
+            pact.replay(problem, choices, expanded.tables)
+            for choices in graph.rollouts(expanded, graph.estimate(expanded))
+        ]
+        slack = 1.3 * min(p.seconds for p in plans)
+        problem = problem.with_target(deadline_s=slack, max_loss=0.9)
+        expanded = graph.build(problem)
+        lower = proof.least_joules(expanded, graph.estimate(expanded))
+        plan = pact.plan(problem)
+        assert lower <= plan.joules * (1 + 1e-9)
+        assert plan.joules < 1.02 * lower
+        assert lower > graph.bounds(expanded, bins=1024).root_j
+
+
+def test_plans_of_the_default_solver_carry_a_proved_bound():
+    problem = small(700, 2, 3, 12)
+    problem = problem.with_target(max_loss=0.9, deadline_s=3 * problem.deadline_s)
+    plan = pact.plan(problem)
+    assert 0 < plan.lower_bound_j <= plan.joules * (1 + 1e-9)
+    assert pact.lower_bound(problem) <= plan.joules * (1 + 1e-9)
