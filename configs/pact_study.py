@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.error_seeds = (1, 2)
     config.margins = (0.0, 0.025, 0.05, 0.1)
     # The problem whose whole frontier is recorded.
-    config.frontier = ["tiers", 3, 5, 48, 1]
+    config.frontier = ("tiers", 3, 5, 48, 1)
     if arg == "quick":
         config.kinds = ("tiers",)
         config.sizes = ((2, 3, 12),)
@@ -49,5 +49,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.errors = (0.0, 0.1)
         config.margins = (0.0, 0.05)
         config.labels_s = 2.0
-        config.frontier = ["tiers", 2, 3, 12, 1]
+        config.frontier = ("tiers", 2, 3, 12, 1)
     return config

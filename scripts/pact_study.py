@@ -183,7 +183,7 @@ def run(config, runs: Path) -> None:
                 case["mistaken"] = mistaken(aimed, config, best_j)
             record["cases"][target] = case
             print(name, target, case["plans"]["bucket"], case["switches"], flush=True)
-        if config.frontier == [kind, *size, seed]:
+        if tuple(config.frontier) == (kind, *size, seed):
             record["frontier"] = _surface(problem, config)
         results.write_json(record, path)
 

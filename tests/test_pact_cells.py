@@ -58,7 +58,7 @@ def test_grid_is_within_its_proved_bound_and_never_below_the_optimum():
             previous = bound
             found = graph.build(problem)
             # Dearer labels than the bound may be dropped: it must be kept without.
-            proved = graph.bounds(found, bins=512)
+            proved = exact.completion(found)
             a = cells.arrays(found, proved, bound, (*bins, 1), snap=True)
             log = bucket.run(a, snap=True, guided=False)
             plan = pact.replay(problem, cells.trace(found, log, int(log.best)))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from gcjax.pact import bucket, cells, exact, proof, scaled
-from gcjax.pact.graph import Bounds, Graph, bounds, build, estimate, units
+from gcjax.pact.graph import Bounds, Graph, build, estimate, units
 from gcjax.pact.problem import Problem
 from gcjax.pact.schedule import NoneFoundError, Plan, replay
 
@@ -146,7 +146,7 @@ def _last_resort(problem: Problem, solver: str, limit_s: float) -> Plan:
 
 def _grid(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
     """Rounded states; cells are halved until some plan survives the rounding."""
-    bound = bounds(graph)
+    bound = exact.completion(graph)
     bins, best = fixed or _GRID, None
     while not bound.proof:
         a = jax.device_put(cells.arrays(graph, bound, np.inf, (*bins, 1), snap=True))

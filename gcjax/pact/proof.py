@@ -44,35 +44,66 @@ def least_joules(graph: Graph, bound: Bounds) -> float:
     Returns:
       The proved bound, at least 0; inf where it is proved that no plan exists.
     """
-    problem = graph.problem
     if bound.proof:
         return np.inf
-    bins = bound.value.shape[2] - 1
+    value = np.asarray(bound.value)
+    bins = value.shape[2] - 1
+    m, c = graph.tables.start
     start = start_ticks(graph) * bins / TICKS
-    at_root = np.asarray(bound.value[(*graph.tables.start, int(start))], float)
-    lower = at_root - bound.weights[:, 1:] @ [1, problem.max_epochs]
-    lower = np.where(bound.weights[:, 0] > 0, lower, -np.inf)
+    i = int(start)
+    # The price of all that is allowed of time and epochs.
+    paid = bound.weights[:, 1:].astype(float) @ [1, graph.problem.max_epochs]
+    lower = np.where(bound.weights[:, 0] > 0, value[m, c, i] - paid, -np.inf)
     best = int(np.argmax(lower))
-    weights = np.asarray(bound.weights[best], float)
-    phi = _potential(np.asarray(bound.value[..., best], float))
-    value = _root(graph, bound.energy_unit_j, weights, phi, start)
-    joules = value * (1 - SLACK) - weights[1:] @ [1, problem.max_epochs]
-    return max(0.0, float(joules) * bound.energy_unit_j)
+    phi = _potential(value[None, ..., best])
+    weights = np.asarray(bound.weights[best : best + 1], float)
+    correction, _ = _correct(graph, bound.energy_unit_j, weights, phi)
+    phi = phi[0, m, c]
+    here = phi[i] + (start - i) * (phi[min(i + 1, bins)] - phi[i])
+    here += float(correction[0, m, c, i])
+    return max(0.0, float(here * (1 - SLACK) - paid[best]) * bound.energy_unit_j)
+
+
+def proved(graph: Graph, bound: Bounds) -> Bounds:
+    """The bounds of `estimate`, with values that are proved.
+
+    A value at a point of progress holds from the point before on.
+    """
+    phi = _potential(np.moveaxis(np.asarray(bound.value), -1, 0))
+    weights = np.asarray(bound.weights, float)
+    corrections = _correct(graph, bound.energy_unit_j, weights, phi)
+    found = []
+    for correction in corrections:
+        w = np.asarray(correction)
+        w[..., 1:] = np.minimum(w[..., 1:], w[..., :-1])
+        found.append(np.maximum(np.moveaxis(phi + w, 0, -1), 0))
+    value, stay = (np.asarray(x, np.float32) for x in found)
+    at = int(-(-start_ticks(graph) * (value.shape[2] - 1) // TICKS))
+    root = value[(*graph.tables.start, at)].astype(float) * (1 - SLACK)
+    proof = bound.proof
+    if root[1] > 1:
+        proof = "the deadline is too short even for the fastest epochs"
+    elif root[2] > graph.problem.max_epochs:
+        proof = "max_epochs is too few even for the most useful epochs"
+    paid = bound.weights[:, 1:].astype(float) @ [1, graph.problem.max_epochs]
+    priced = bound.weights[:, 0] > 0
+    root_j = max(0.0, (root - paid)[priced].max()) * bound.energy_unit_j
+    return bound._replace(value=value, stay=stay, root_j=root_j, proof=proof)
 
 
 def _potential(value: np.ndarray) -> np.ndarray:
-    """Finite and falling with progress, [M, C, J + 1]; any potential is legal."""
-    phi = value.copy()
-    for j in range(1, phi.shape[2]):
+    """Finite and falling with progress, [W, M, C, J + 1]; any potential is legal."""
+    phi = value.astype(float)
+    for j in range(1, phi.shape[3]):
         phi[..., j] = np.where(np.isfinite(phi[..., j]), phi[..., j], phi[..., j - 1])
     phi = np.maximum.accumulate(np.where(np.isfinite(phi), phi, 0)[..., ::-1], -1)
     return phi[..., ::-1]
 
 
-def _root(graph: Graph, unit_j: float, weights, phi, start: float) -> float:
-    """Bound on the weighted cost of a whole plan."""
-    tables, bins = graph.tables, phi.shape[2] - 1
-    scale = weights / [unit_j, graph.problem.deadline_s, 1.0]
+def _correct(graph: Graph, unit_j: float, weights, phi) -> tuple:
+    """Corrections of the potentials of weights [W, 3]; see `_corrections`."""
+    tables, bins = graph.tables, phi.shape[3] - 1
+    scale = (weights / [unit_j, graph.problem.deadline_s, 1.0]).T[..., None, None, None]
     possible = np.isfinite(graph.energy_j)
     joules = np.where(possible, graph.energy_j, 0)
     seconds = np.where(possible, graph.seconds, 0)
@@ -88,38 +119,46 @@ def _root(graph: Graph, unit_j: float, weights, phi, start: float) -> float:
     most = graph.switch_ticks(knots, up=True) / TICKS * bins
     to_f32 = partial(np.asarray, dtype=np.float32)
     whole = np.floor(step).astype(np.int32)
-    correction = _corrections(
-        to_f32(phi),
-        graph.goal,
-        to_f32(np.where(possible, cost, np.inf)),
-        whole,
-        to_f32(step - whole),
-        graph.destination,
-        to_f32(np.where(exists, switch, np.inf)),
-        np.maximum(least, 0).astype(np.int32),
-        to_f32(most),
+    return jax.device_get(
+        _corrections(
+            to_f32(phi),
+            graph.goal,
+            to_f32(np.where(possible, cost, np.inf)),
+            whole,
+            to_f32(step - whole),
+            graph.destination,
+            to_f32(np.where(exists, switch, np.inf)),
+            np.maximum(least, 0).astype(np.int32),
+            to_f32(most),
+        )
     )
-    m, c = tables.start
-    i = int(start)
-    here = phi[m, c, i] + (start - i) * (phi[m, c, min(i + 1, bins)] - phi[m, c, i])
-    return float(here + np.asarray(correction)[m, c, i])
 
 
 @jax.jit
 def _corrections(phi, goal, cost, whole, part, destination, switch, least, most):
-    """W [M, C, J + 1] of all cells, [j, j + 1) each and the last of one point.
+    """Corrections of all cells, [j, j + 1) each and the last of one point.
 
     Args:
-      phi: float32[M, C, J + 1]
+      phi: float32[W, M, C, J + 1]
       goal: bool[M]
-      cost: float32[M, C, P], inf where impossible
+      cost: float32[W, M, C, P], inf where impossible
       whole: int32[M, C, P], whole cells of a step, at least 1
       part: float32[M, C, P], the rest of the step, in [0, 1)
       destination: int32[M, C, P]
-      switch: float32[M, M, C], inf where impossible
+      switch: float32[W, M, M, C], inf where impossible
       least: int32[M, M, Q + 1], cell at or before what a switch leads to
       most: float32[M, M, Q + 1], point at or after it
+
+    Returns:
+      [W, M, C, J + 1] each: where any version may come next, and where the next epoch
+      trains version M.
     """
+    same = goal, whole, part, destination, least, most
+    return lax.map(lambda x: _corrected(*x, *same), (phi, cost, switch))
+
+
+def _corrected(phi, cost, switch, goal, whole, part, destination, least, most):
+    """The same for one weight."""
     size, clusters, bins = phi.shape[0], phi.shape[1], phi.shape[2] - 1
     pieces = (least.shape[2] - 1) // bins
     # Progress past the target is progress at the target.
@@ -174,4 +213,4 @@ def _corrections(phi, goal, cost, whole, part, destination, switch, least, most)
         return found.at[m].set(own.T), staying.at[m].set(stay.T)
 
     empty = jnp.full(phi.shape, jnp.inf, jnp.float32)
-    return lax.fori_loop(0, size, version, (empty, empty))[0]
+    return lax.fori_loop(0, size, version, (empty, empty))
