@@ -46,7 +46,7 @@ def test_any_potential_is_legal():
     assert worse > 3
 
 
-def test_bounds_are_tight_for_many_epochs_and_tighter_on_finer_points():
+def test_bounds_are_tight_for_many_epochs_and_tighter_on_many_points():
     for kind in ("tiers", "slow storage"):
         problem = pact.scenario(kind, 3, 5, 60, 0)
         expanded = graph.build(problem)
@@ -57,8 +57,9 @@ def test_bounds_are_tight_for_many_epochs_and_tighter_on_finer_points():
         slack = 1.3 * min(p.seconds for p in plans)
         problem = problem.with_target(deadline_s=slack, max_loss=0.9)
         lower = [pact.lower_bound(problem, bins) for bins in (128, 512, 2048)]
-        assert lower == sorted(lower)
+        assert lower[0] < lower[-1]
         plan = pact.plan(problem)
+        assert all(joules <= plan.joules * (1 + 1e-9) for joules in lower)
         assert 0.98 * plan.joules < lower[-1] <= plan.joules * (1 + 1e-9)
 
 

@@ -163,11 +163,11 @@ def _corrected(phi, cost, switch, goal, whole, part, destination, least, most):
     pieces = (least.shape[2] - 1) // bins
     # Progress past the target is progress at the target.
     padded = jnp.concatenate([phi, phi[..., -1:], phi[..., -1:]], -1)
-    knots = jnp.arange(bins * pieces + 1) / pieces
+    knots = jnp.arange(bins * pieces + 1, dtype=jnp.float32) / pieces
 
     def between(table, at):  # table [..., J + 3], linear between points
+        share = at - jnp.floor(at)
         low = jnp.floor(at).astype(jnp.int32)
-        share = at - low
         return (1 - share) * table[..., low] + share * table[..., low + 1]
 
     def version(back, tables):
