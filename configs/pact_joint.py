@@ -26,12 +26,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.seeds = (1, 2, 3, 4)
     # Target losses, and deadlines between the fastest plan's time (0) and the most
     # frugal one's (1), in the logarithm.
-    config.losses = (0.9, 0.65)
-    config.deadlines = (0.2, 0.5, 0.8)
+    config.losses = (0.8, 0.62)
+    config.deadlines = (0.4, 0.8)
     if arg == "quick":
         config.kinds = ("cooperative",)
         config.sizes = ((2, 4, 12),)
         config.seeds = (1,)
-        config.losses = (0.9,)
-        config.deadlines = (0.5,)
+        config.losses = (0.8,)
+        config.deadlines = (0.4,)
     return config

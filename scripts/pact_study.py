@@ -177,8 +177,8 @@ def run(config, runs: Path) -> None:
         record = {"kind": kind, "size": list(size), "seed": seed, "cases": {}}
         for target, aimed in targets(problem, config.losses, config.deadlines):
             case = measure(aimed, config)
-            middle = target.endswith(f" {config.deadlines[1]:g}")
-            if middle and seed == config.seeds[0]:
+            first = target.endswith(f" {config.deadlines[0]:g}")
+            if first and seed == config.seeds[0]:
                 best_j = case["plans"]["labels"]["joules"]
                 case["mistaken"] = mistaken(aimed, config, best_j)
             record["cases"][target] = case

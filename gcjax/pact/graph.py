@@ -241,7 +241,7 @@ def estimate(graph: Graph, bins: int = 1024, capped: bool = True) -> Bounds:
 
 
 # Points of progress and factor of each step uphill.
-_SEARCH = [(512, f) for f in (30, 10, 10, 5, 3, 3, 2, 2, 1.5, 1.3)]
+_SEARCH = [(256, f) for f in (30, 10, 10, 5, 3, 3, 2, 2, 1.5, 1.3)]
 _AROUND = np.stack(np.meshgrid([-1.0, 0, 1], [-1.0, 0, 1]), -1).reshape(9, 2)
 
 
@@ -284,7 +284,7 @@ def _scaled(graph: Graph, unit_j: float, bins: int) -> tuple:
     problem, tables = graph.problem, graph.tables
     tick = (graph.high - graph.low)[:, None, None] / bins
     steps = graph.progress / tick * (1 - 1e-12)
-    # Epochs that lead to between two points are repeated until they lead to one.
+    # Epochs that lead to between two points are repeated until they lead to the next.
     repeat = 1 / np.clip(steps, 1e-6, 1)
     steps = np.clip(steps, 1, bins)
     whole = np.floor(steps)
@@ -336,7 +336,7 @@ def _backward(
         last = jnp.where(goal[m], 0.0, jnp.min(switched[:, bins], axis=0))
         own = jnp.full((bins + 1, clusters, weights.shape[0]), jnp.inf)
         own = own.at[bins].set(jnp.broadcast_to(last, own.shape[1:]))
-        more = part[m][..., None]
+        more, share = part[m][..., None], 1 / repeat[m][..., None]
 
         def point(i, tables):
             own, staying = tables
@@ -344,9 +344,12 @@ def _backward(
             near = own[jnp.minimum(j + whole[m], bins), destination[m]]
             far = own[jnp.minimum(j + whole[m] + 1, bins), destination[m]]
             following = near + jnp.where(more > 0, more * (far - near), 0)
-            best = jnp.min(
-                jnp.where(jnp.isnan(following), jnp.inf, following) + cost, 1
-            )
+            total = jnp.where(jnp.isnan(following), jnp.inf, following) + cost
+            best = jnp.min(total, 1)
+            # One short epoch elsewhere, and then whatever is best there.
+            there = jnp.minimum(best, switched[:, j])[destination[m]]
+            total = share * (cost + near) + (1 - share) * there
+            best = jnp.minimum(best, jnp.min(jnp.where(share < 1, total, jnp.inf), 1))
             staying = staying.at[j].set(best)
             value = jnp.where(i == 0, own[bins], jnp.minimum(best, switched[:, j]))
             return own.at[j].set(value), staying

@@ -74,7 +74,7 @@ def proved(graph: Graph, bound: Bounds) -> Bounds:
     corrections = _correct(graph, bound.energy_unit_j, weights, phi)
     found = []
     for correction in corrections:
-        w = np.asarray(correction)
+        w = np.array(correction)
         w[..., 1:] = np.minimum(w[..., 1:], w[..., :-1])
         found.append(np.maximum(np.moveaxis(phi + w, 0, -1), 0))
     value, stay = (np.asarray(x, np.float32) for x in found)
@@ -109,8 +109,7 @@ def _correct(graph: Graph, unit_j: float, weights, phi) -> tuple:
     seconds = np.where(possible, graph.seconds, 0)
     cost = scale[0] * joules + scale[1] * seconds + scale[2]
     range_ = (graph.high - graph.low)[:, None, None]
-    # More progress never hurts, so that steps within a cell may count as one.
-    step = np.clip(graph.progress / range_ * bins * (1 + 1e-12), 1, bins)
+    step = np.minimum(graph.progress / range_ * bins * (1 + 1e-12), bins)
     exists = np.isfinite(tables.switch_j) & graph.allowed()[..., None]
     switch = scale[0] * np.where(exists, tables.switch_j, 0)
     switch += scale[1] * np.where(exists, tables.switch_s, 0)
@@ -142,7 +141,7 @@ def _corrections(phi, goal, cost, whole, part, destination, switch, least, most)
       phi: float32[W, M, C, J + 1]
       goal: bool[M]
       cost: float32[W, M, C, P], inf where impossible
-      whole: int32[M, C, P], whole cells of a step, at least 1
+      whole: int32[M, C, P], whole cells of a step
       part: float32[M, C, P], the rest of the step, in [0, 1)
       destination: int32[M, C, P]
       switch: float32[W, M, M, C], inf where impossible
@@ -189,22 +188,39 @@ def _corrected(phi, cost, switch, goal, whole, part, destination, least, most):
         end = jnp.where(goal[m], -phi[m, :, bins], jnp.min(end + phi[m, :, bins]))
         end = jnp.where(goal[m], end, end - phi[m, :, bins])
         moved = jnp.concatenate([moved, end[:, None]], 1)
-        r, own_phi = part[m], padded[m]
+        own_phi, short = padded[m], whole[m] < 1
 
         def cell(i, tables):
             own, stay = tables  # [J + 1, C] each
             j = bins - i
-            near = jnp.minimum(j + whole[m], bins)
-            to = destination[m]
-            there = [own_phi[to, jnp.minimum(near + k, bins)] for k in range(3)]
             here, following = own_phi[:, j][:, None], own_phi[:, j + 1][:, None]
-            change = jnp.minimum(
-                (1 - r) * there[0] + r * there[1] - here,
-                there[1] - r * here - (1 - r) * following,
-            )
-            change = jnp.minimum(change, (1 - r) * there[1] + r * there[2] - following)
-            rest = jnp.minimum(own[near, to], own[jnp.minimum(near + 1, bins), to])
-            best = jnp.min(cost[m] + change + rest, 1)
+            to = destination[m]
+
+            def least(whole, r):  # of an action: its cost, and what phi loses by it
+                near = jnp.minimum(j + whole, bins)
+                there = [own_phi[to, jnp.minimum(near + k, bins)] for k in range(3)]
+                change = jnp.minimum(
+                    (1 - r) * there[0] + r * there[1] - here,
+                    there[1] - r * here - (1 - r) * following,
+                )
+                change = jnp.minimum(
+                    change, (1 - r) * there[1] + r * there[2] - following
+                )
+                rest = jnp.minimum(own[near, to], own[jnp.minimum(near + 1, bins), to])
+                return cost[m] + change, rest
+
+            # More progress never hurts: a step within the cell may count as one.
+            paid, rest = least(jnp.maximum(whole[m], 1), jnp.where(short, 0, part[m]))
+            each = paid + rest
+            best = jnp.min(jnp.where(short, jnp.inf, each), 1)
+            # But then many of them are taken before something else follows, anywhere:
+            # so many that phi falls by more than they cost is at most 1 / step + 1.
+            paid, _ = least(whole[m], part[m])
+            many = jnp.where(short, 1 / jnp.maximum(part[m], 1e-9) + 1, 0)
+            lost = jnp.max(jnp.where(paid < 0, -paid * many, 0))
+            after = jnp.minimum(best, jnp.minimum(moved[:, j], own[j + 1]))
+            each = jnp.maximum(each, jnp.maximum(paid, 0) + jnp.min(after) - lost)
+            best = jnp.minimum(best, jnp.min(jnp.where(short, each, jnp.inf), 1))
             value = jnp.where(i == 0, moved[:, bins], jnp.minimum(best, moved[:, j]))
             return own.at[j].set(value), stay.at[j].set(best)
 

@@ -105,8 +105,8 @@ def scenario(
         max_epochs=epochs,
         data_fractions=(1.0,) if clusters > 20 else (0.5, 1.0),
         sample_bytes=_SAMPLE_BYTES,
-        skew_loss=0.6 if skewed else 0.0,
-        handover_loss=0.3 if skewed else 0.0,
+        skew_loss=0.5 if skewed else 0.0,
+        handover_loss=0.1 if skewed else 0.0,
     )
 
 
@@ -183,7 +183,7 @@ def _versions(count: int, samples: float, rng: np.random.Generator):
     exponent, floor = rng.uniform(0.5, 0.7), rng.uniform(0.15, 0.25)
     # Shares of FLOPs that pruning does not save, and how fast the gain of a sample at
     # the start falls with the density, and the exponent rises.
-    fixed, slower, bend = rng.uniform((0.2, 1.2, 0.5), (0.4, 2.0, 0.8))
+    fixed, slower, bend = rng.uniform((0.2, 1.5, 0.5), (0.4, 2.3, 0.8))
     first, last = ((v - floor) ** (-1 / exponent) for v in (_START_LOSS, 0.6))
     whole = PowerLaw(floor, (samples / (last - first)) ** exponent, exponent)
     models, switches = [], []
@@ -207,7 +207,7 @@ def _versions(count: int, samples: float, rng: np.random.Generator):
         )
         for j in range(i):
             kept = _SMALLEST ** ((i - j) / (count - 1))
-            height = 0.35 * (1 - kept) * rng.uniform(0.8, 1.2)
+            height = 0.25 * (1 - kept) * rng.uniform(0.8, 1.2)
             jump = Jump(height, 1.0, _TOP_LOSS)
             switches.append(Switch(models[j].name, models[i].name, jump, flops=2e9))
     return models, switches
