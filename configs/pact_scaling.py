@@ -21,19 +21,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.kinds = ("tiers", "slow links", "slow storage", "skewed")
     # (versions, clusters, epochs) of each size.
-    config.sizes = ((2, 3, 24), (3, 12, 60), (4, 24, 100), (6, 50, 200))
+    config.sizes = ((6, 50, 200), (2, 3, 24), (3, 12, 60), (4, 24, 100))
     config.seeds = (1, 2)
     # The target: a loss, and a deadline between the fastest plan's time (0) and the
     # most frugal one's (1), in the logarithm.
     config.loss = 0.62
     config.deadline = 0.5
-    # Exact labels are tried where versions x clusters is at most so much, for so many
-    # processor seconds.
-    config.labels_places = 36
-    config.labels_s = 10.0
+    # Processor seconds that exact labels may take.
+    config.labels_s = 30.0
     # Bins of progress of plans at a fixed resolution, and points of proved bounds.
-    config.bins = (64, 256, 1024, 4096)
-    config.bound_bins = (128, 512, 1024, 2048)
+    config.bins = (64, 512, 4096)
+    config.bound_bins = (256, 1024, 2048)
     if arg == "quick":
         config.kinds = ("tiers",)
         config.sizes = ((2, 3, 12),)

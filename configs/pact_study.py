@@ -32,8 +32,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.deadlines = (0.4, 0.8)
     # Processor seconds that labels may take.
     config.labels_s = 8.0
-    # Grid and cost_scaled, which are far off and slow, only on so many clusters.
-    config.grid_clusters = 5
+    # Grid and cost_scaled, which are far off and slow, only on so many clusters, for
+    # the first seed and deadline.
+    config.slow_clusters = 5
     # Relative errors of the predictor, seeds of them, and margins of the loss target,
     # for problems of the first seed.
     config.errors = (0.0, 0.05, 0.1, 0.2)

@@ -41,9 +41,8 @@ def measure(problem: pact.Problem, config) -> dict[str, Any]:
         "resolution": {},
         "bounds": {},
     }
-    if np.prod([len(problem.versions), len(problem.clusters)]) <= config.labels_places:
-        labels, _ = pact_study.planned(problem, "labels", config.labels_s)
-        record["plans"]["labels"] = labels
+    labels, _ = pact_study.planned(problem, "labels", config.labels_s)
+    record["plans"]["labels"] = labels
     expanded = graph.build(problem)
     for bins in config.bound_bins:
         estimated = graph.estimate(expanded, bins)
@@ -149,7 +148,7 @@ def _by_size(records: list[dict]) -> list[list[str]]:
 
 
 def _proved(record: dict) -> bool:
-    return "labels" in record["plans"] and pact_study.reference(record["plans"])[1]
+    return pact_study.reference(record["plans"])[1]
 
 
 def _grouped(records: list[dict]):

@@ -57,16 +57,15 @@ def targets(
             yield name, eased.with_target(deadline_s=float(deadline))
 
 
-def measure(problem: pact.Problem, config) -> dict[str, Any]:
-    """Plans with all solvers and rules."""
+def measure(problem: pact.Problem, config, slow: bool) -> dict[str, Any]:
+    """Plans with all solvers and rules, the slow solvers only on request."""
     record: dict[str, Any] = {
         "max_loss": problem.max_loss,
         "deadline_s": problem.deadline_s,
         "plans": {},
     }
     for solver in SOLVERS:
-        small = len(problem.clusters) <= config.grid_clusters
-        if small or solver in ("bucket", "labels"):
+        if slow or solver in ("bucket", "labels"):
             limit = config.labels_s if solver == "labels" else 60.0
             record["plans"][solver], best = planned(problem, solver, limit)
     # Again, with programs compiled: what a planner that runs for longer takes.
@@ -176,9 +175,11 @@ def run(config, runs: Path) -> None:
         problem = pact.scenario(kind, *size, seed)
         record = {"kind": kind, "size": list(size), "seed": seed, "cases": {}}
         for target, aimed in targets(problem, config.losses, config.deadlines):
-            case = measure(aimed, config)
             first = target.endswith(f" {config.deadlines[0]:g}")
-            if first and seed == config.seeds[0]:
+            first &= seed == config.seeds[0]
+            small = len(problem.clusters) <= config.slow_clusters
+            case = measure(aimed, config, first and small)
+            if first:
                 best_j = case["plans"]["labels"]["joules"]
                 case["mistaken"] = mistaken(aimed, config, best_j)
             record["cases"][target] = case
