@@ -28,8 +28,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.loss = 0.62
     config.deadline = 0.5
     # Processor seconds that exact labels may take.
-    config.labels_s = 30.0
-    # Bins of progress of plans at a fixed resolution, and points of proved bounds.
+    config.labels_s = 15.0
+    # Bins of progress of plans at a fixed resolution, and points of proved bounds; for
+    # problems of so many clusters at most.
+    config.resolution_clusters = 12
     config.bins = (64, 512, 4096)
     config.bound_bins = (256, 1024, 2048)
     if arg == "quick":
