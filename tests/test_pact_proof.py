@@ -47,20 +47,14 @@ def test_any_potential_is_legal():
 
 
 def test_bounds_are_tight_for_many_epochs_and_tighter_on_many_points():
+    """Where the deadline does not bind, multipliers lose nothing: rounding would."""
     for kind in ("tiers", "slow storage"):
-        problem = pact.scenario(kind, 3, 5, 60, 0)
-        expanded = graph.build(problem)
-        plans = [
-            pact.replay(problem, choices, expanded.tables)
-            for choices in graph.rollouts(expanded, graph.estimate(expanded))
-        ]
-        slack = 1.3 * min(p.seconds for p in plans)
-        problem = problem.with_target(deadline_s=slack, max_loss=0.9)
-        lower = [pact.lower_bound(problem, bins) for bins in (128, 512, 2048)]
-        assert lower[0] < lower[-1]
+        problem = pact.scenario(kind, 3, 5, 60, 0).with_target(max_loss=0.8)
+        lower = [pact.lower_bound(problem, bins) for bins in (128, 2048)]
         plan = pact.plan(problem)
-        assert all(joules <= plan.joules * (1 + 1e-9) for joules in lower)
-        assert 0.98 * plan.joules < lower[-1] <= plan.joules * (1 + 1e-9)
+        assert len(plan.steps) > 5
+        assert lower[0] < lower[1]
+        assert 0.98 * plan.joules < lower[1] <= plan.joules * (1 + 1e-9)
 
 
 def test_proved_completion_bounds_hold_along_optimal_plans():

@@ -49,13 +49,11 @@ def search(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
     if bound.proof:
         return None
     a = jax.device_put(cells.arrays(graph, bound, np.inf, (1, 1, 1)))
-    windows, log = _windows(graph, bound, fixed), None
-    while True:
-        try:
-            window = windows.send(log)
-        except StopIteration as end:
-            return end.value
-        log = run(_narrowed(a, bound, window))
+    windows = _windows(graph, bound, fixed)
+    window, plan = _next(windows, None)
+    while window:
+        window, plan = _next(windows, run(_narrowed(a, bound, window)))
+    return plan
 
 
 def search_batch(
@@ -71,9 +69,10 @@ def search_batch(
     graphs = [_padded(g, most) for g in graphs]
     bounds = [estimate(g) for g in graphs]
     searches = [_windows(g, b, fixed) for g, b in zip(graphs, bounds, strict=True)]
-    asked = [
-        None if b.proof else next(s) for b, s in zip(bounds, searches, strict=True)
-    ]
+    asked: list[Window | None] = [None] * len(open_)
+    for k, i in enumerate(open_):
+        if not bounds[k].proof:
+            asked[k], plans[i] = _next(searches[k], None)
     a = [cells.arrays(g, b, 0, (1, 1, 1)) for g, b in zip(graphs, bounds, strict=True)]
     if not a:
         return plans
@@ -88,12 +87,9 @@ def search_batch(
             _solve_batch(a._replace(upper=uppers, bins=bins), capacity=capacity)
         )
         for k, i in enumerate(open_):
-            if asked[k] is None:
-                continue
-            try:
-                asked[k] = searches[k].send(jax.tree.map(lambda x, k=k: x[k], logs))
-            except StopIteration as end:
-                asked[k], plans[i] = None, end.value
+            if asked[k]:
+                log = jax.tree.map(lambda x, k=k: x[k], logs)
+                asked[k], plans[i] = _next(searches[k], log)
     return plans
 
 
@@ -128,6 +124,16 @@ def run(a: cells.Arrays, **options) -> cells.Log:
         if not log.full:
             break
     return jax.device_get(log)
+
+
+def _next(
+    windows: Generator, log: cells.Log | None
+) -> tuple[Window | None, Plan | None]:
+    """The next window that is asked for; at the end None, and the plan."""
+    try:
+        return windows.send(log), None
+    except StopIteration as end:
+        return None, end.value
 
 
 def _windows(
