@@ -31,12 +31,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # the logarithm; the first is also planned with wrong predictors.
     config.deadlines = (0.4, 0.8)
     # Processor seconds that labels may take.
-    config.labels_s = 6.0
-    # Grid and cost_scaled, which are far off and slow, only on so many clusters, for
-    # the first seed and target.
-    config.slow_clusters = 5
-    # Relative errors of the predictor, seeds of them, and margins of the loss target,
-    # for problems of the first seed.
+    config.labels_s = 4.0
+    # On so many clusters at most: plans at fixed resolutions and with wrong predictors,
+    # and for one seed and its first target grid and cost_scaled, which are slow.
+    config.small_clusters = 5
+    config.slow_seed = 1
+    # Relative errors of the predictor, seeds of them, and margins of the loss target.
     config.errors = (0.0, 0.05, 0.1, 0.2)
     config.error_seeds = (1,)
     config.margins = (0.0, 0.025, 0.05, 0.1)

@@ -74,9 +74,6 @@ def measure(problem: pact.Problem, config, slow: bool) -> dict[str, Any]:
     record["plans"]["bucket"]["cpu_again_s"] = time.process_time() - begun
     record["switches"] = switches(problem, best)
     record["runs"] = runs_of(best)
-    record["resolution"] = {
-        bins: planned(problem, "bucket", 60.0, (bins, 4))[0]["joules"] for bins in BINS
-    }
     for name, rule in pact.BASELINES.items():
         begun = time.process_time()
         found = rule(problem)
@@ -175,11 +172,14 @@ def run(config, runs: Path) -> None:
         problem = pact.scenario(kind, *size, seed)
         record = {"kind": kind, "size": list(size), "seed": seed, "cases": {}}
         for target, aimed in targets(problem, config.losses, config.deadlines):
-            first = target.endswith(f" {config.deadlines[0]:g}")
-            first &= seed == config.seeds[0]
-            small = len(problem.clusters) <= config.slow_clusters
-            case = measure(aimed, config, first and small and not record["cases"])
-            if first:
+            small = len(problem.clusters) <= config.small_clusters
+            first = small and seed == config.slow_seed and not record["cases"]
+            case = measure(aimed, config, first)
+            if small:
+                case["resolution"] = {
+                    bins: planned(aimed, at=(bins, 4))[0]["joules"] for bins in BINS
+                }
+            if small and target.endswith(f" {config.deadlines[0]:g}"):
                 best_j = case["plans"]["labels"]["joules"]
                 case["mistaken"] = mistaken(aimed, config, best_j)
             record["cases"][target] = case
@@ -378,7 +378,7 @@ def _gaps(figure: Figure, problems: list[dict]) -> None:
     gaps: dict[int, list[float]] = {}
     for case in _cases(problems):
         least, proved = reference(case["plans"])
-        for bins, joules in case["resolution"].items():
+        for bins, joules in case.get("resolution", {}).items():
             if proved and joules:
                 gaps.setdefault(int(bins), []).append(100 * (joules / least - 1))
     bins = sorted(gaps)
