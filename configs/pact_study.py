@@ -49,6 +49,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.losses = (0.8,)
         config.errors = (0.0, 0.1)
         config.margins = (0.0, 0.05)
-        config.labels_s = 2.0
+        config.slow_seed = 0
         config.frontier = ("tiers", 2, 3, 12, 1)
     return config
