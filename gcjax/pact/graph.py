@@ -241,7 +241,7 @@ def estimate(graph: Graph, bins: int = 1024, capped: bool = True) -> Bounds:
 
 
 # Points of progress and factor of each step uphill.
-_SEARCH = [(256, f) for f in (30, 10, 10, 5, 3, 3, 2, 2, 1.5, 1.3)]
+_SEARCH = [(256, f) for f in (30, 10, 10, 5, 3, 2, 2, 1.5, 1.3, 1.15, 1.05, 1.05)]
 _AROUND = np.stack(np.meshgrid([-1.0, 0, 1], [-1.0, 0, 1]), -1).reshape(9, 2)
 
 
