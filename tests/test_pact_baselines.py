@@ -100,6 +100,7 @@ def test_quick_studies_make_records_tables_and_figures(script, tmp_path):
 
 def test_what_separate_tuning_leaves_of_a_problem():
     problem = pact.with_gradient_levels(pact.scenario("cooperative", 3, 6, 12, 0), 0)
+    problem = problem.with_target(max_loss=1.2)
     plan = pact.BASELINES["no compression"](problem)
     assert plan is not None and {s.version for s in plan.steps} == {"d1"}
     kept = pact_joint.keeping_places(problem, plan)

@@ -40,6 +40,7 @@ _TIERS = {
     "edge": (1.0e12, 32e-12, 4e9, 10.0, 0.35),
     "mobile": (1.2e11, 14e-12, 2e9, 1.0, 0.25),
 }
+_AWAY = {"cloud": 0.1, "edge": 0.4, "mobile": 0.5}  # data that is not in the cloud
 _SMALLEST = 0.25  # density of the last version
 _PARAMETERS = 6e5
 _SAMPLES = 60_000
@@ -62,11 +63,13 @@ def scenario(
       kind: "tiers"; "slow links", at a twentieth of the rate; "slow storage", which
         delivers samples at a twentieth of the rate; "skewed", with labels drawn by
         node from a Dirichlet distribution with parameter 0.3, which costs progress;
-        "cooperative", skewed, on links of a fifth of the rate, with more groups.
+        "cooperative", more skewed, so that nodes alone gain little, with most data
+        and enough memory at edge and mobile nodes, in larger groups on links of a
+        fifth of the rate.
       versions: Model versions, from the whole to a quarter of the channels.
-      clusters: Clusters, five of eight of one node; in "cooperative" three of eight.
+      clusters: Clusters, five of eight of one node; in "cooperative" half of them.
       epochs: `max_epochs`. The whole model reaches a loss of 0.6 in a quarter of them
-        on the data of a cloud node.
+        on the data of a cloud node; in "cooperative", on a fifth of all data.
       seed: Of all that varies.
 
     Raises:
@@ -80,14 +83,14 @@ def scenario(
             f"got {versions}, {epochs} and {clusters}"
         )
     rng = np.random.default_rng([KINDS.index(kind), versions, clusters, epochs, seed])
-    skewed = kind in ("skewed", "cooperative")
-    alone = max(3, -(-clusters * (3 if kind == "cooperative" else 5) // 8))
-    nodes, tiers = _nodes(kind, alone, skewed, rng)
+    together = kind == "cooperative"
+    skew = {"skewed": 0.3, "cooperative": 0.1}.get(kind, 50.0)
+    alone = max(3, -(-clusters * (4 if together else 5) // 8))
+    nodes, tiers = _nodes(kind, alone, skew, rng)
     links = _links(kind, nodes, tiers, rng)
-    groups = _clusters(nodes, tiers, clusters, rng)
-    data = np.mean(
-        [n.samples for n, t in zip(nodes, tiers, strict=True) if t == "cloud"]
-    )
+    groups = _clusters(nodes, tiers, clusters, 3 if together else 2, rng)
+    in_cloud = [n.samples for n, t in zip(nodes, tiers, strict=True) if t == "cloud"]
+    data = _SAMPLES / 5 if together else np.mean(in_cloud)
     models, switches = _versions(versions, epochs / 4 * data, rng)
     cloud = next(c for c in groups if c.coordinator.startswith("cloud"))
     return Problem(
@@ -105,20 +108,22 @@ def scenario(
         max_epochs=epochs,
         data_fractions=(1.0,) if clusters > 20 else (0.5, 1.0),
         sample_bytes=_SAMPLE_BYTES,
-        skew_loss=0.5 if skewed else 0.0,
-        handover_loss=0.1 if skewed else 0.0,
+        skew_loss={"skewed": 0.5, "cooperative": 0.9}.get(kind, 0.0),
+        handover_loss=0.1 if skew < 1 else 0.0,
     )
 
 
-def _nodes(kind: str, count: int, skewed: bool, rng: np.random.Generator):
+def _nodes(kind: str, count: int, skew: float, rng: np.random.Generator):
     names = [*_TIERS]
     tiers = names + [*rng.choice(names, max(count - 3, 0), p=(0.15, 0.35, 0.5))]
     nodes = []
     for i, tier in enumerate(tiers):
         rate, joules, memory, idle, share = _TIERS[tier]
+        if kind == "cooperative":
+            share, memory = _AWAY[tier], 8e9
         fast = rng.lognormal(0, 0.35)
         samples = _SAMPLES * share / tiers.count(tier) * rng.lognormal(0, 0.3)
-        labels = rng.dirichlet(np.full(_CLASSES, 0.3 if skewed else 50.0))
+        labels = rng.dirichlet(np.full(_CLASSES, skew))
         # Storage that delivers less than what the node computes on the small versions.
         stored = {"cloud": 4e8, "edge": 1e8, "mobile": 3e7}[tier]
         if kind == "slow storage":
@@ -158,14 +163,14 @@ def _links(kind: str, nodes, tiers, rng: np.random.Generator):
     return links
 
 
-def _clusters(nodes, tiers, count: int, rng: np.random.Generator):
+def _clusters(nodes, tiers, count: int, least: int, rng: np.random.Generator):
     groups = [Cluster(n.name, (n.name,)) for n in nodes[:count]]
     taken = {g.members for g in groups}
     order = {tier: i for i, tier in enumerate(_TIERS)}
     for _ in range(100 * count):  # few nodes have few subsets
         if len(groups) == count:
             break
-        size = int(rng.integers(2, min(5, len(nodes)) + 1))
+        size = int(rng.integers(least, min(5, len(nodes)) + 1))
         chosen = rng.choice(len(nodes), size, replace=False)
         # The strongest member coordinates.
         members = tuple(
