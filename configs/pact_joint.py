@@ -1,9 +1,10 @@
 """Question: is it worth planning model versions and gradient levels together?
 
 The synthetic family of gcjax/pact/scenarios.py with four levels of gradient compression
-in clusters of several nodes, where data is skewed and links are slow, so that nodes have
-to cooperate. The joint plan against one without gradient levels, one without versions,
-and both one after the other. Levels and family were chosen on seed 0, not used here.
+in clusters of several nodes, where data is skewed and links are slow, so that nodes
+have to cooperate. The joint plan against one without gradient levels, one without
+versions, and both one after the other. The family was chosen on seed 0, which is not
+used here.
 
 Command: python scripts/pact_joint.py --config=configs/pact_joint.py
 Seconds: the same with --config=configs/pact_joint.py:quick
