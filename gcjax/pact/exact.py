@@ -293,7 +293,8 @@ def labels(
 def completion(graph: Graph, capped: bool = True, floats: int = 1 << 22) -> Bounds:
     """Proved completion bounds in tables of about so many numbers."""
     bins = floats // (12 * graph.energy_j.shape[0] * graph.energy_j.shape[1])
-    bins = min(max(bins, 512), 2048)
+    # Epochs of a plan with few lead over many points anyway.
+    bins = min(max(bins, 512), 2048, 64 * graph.problem.max_epochs)
     return proved(graph, estimate(graph, 1 << (bins.bit_length() - 1), capped))
 
 
