@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # Target losses, and deadlines between the fastest plan's time (0) and the most
     # frugal one's (1), in the logarithm.
     config.losses = (0.8, 0.62)
-    config.deadlines = (0.4, 0.8)
+    config.deadlines = (0.1, 0.4)
     if arg == "quick":
         config.kinds = ("cooperative",)
         config.sizes = ((2, 4, 12),)

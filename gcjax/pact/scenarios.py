@@ -84,7 +84,7 @@ def scenario(
         )
     rng = np.random.default_rng([KINDS.index(kind), versions, clusters, epochs, seed])
     together = kind == "cooperative"
-    skew = {"skewed": 0.3, "cooperative": 0.1}.get(kind, 50.0)
+    skew = {"skewed": 0.3, "cooperative": 0.05}.get(kind, 50.0)
     alone = max(3, -(-clusters * (4 if together else 5) // 8))
     nodes, tiers = _nodes(kind, alone, skew, rng)
     links = _links(kind, nodes, tiers, rng)
