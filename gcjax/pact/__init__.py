@@ -3,7 +3,8 @@
     problem = gcjax.pact.from_config(config)
     plan = gcjax.pact.plan(problem)
 
-Read `problem.py` first, then `graph.py`; `planning.py` says when to use which solver.
+Read `problem.py` first, then `graph.py` and `bucket.py`; `planning.py` says when to use
+which solver, `proof.py` how bounds are proved.
 """
 
 from gcjax.pact.baselines import BASELINES
