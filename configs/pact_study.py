@@ -22,9 +22,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         raise ValueError(f"the config's argument can be 'quick', got {arg!r}")
     config = ml_collections.ConfigDict()
     config.kinds = ("tiers", "slow links", "slow storage", "skewed")
-    # (versions, clusters, epochs) of each size.
+    # (versions, clusters, epochs) of each size, and its seeds.
     config.sizes = ((3, 5, 48), (4, 12, 40))
-    config.seeds = (1, 2)
+    config.seeds = ((1, 2, 3), (1, 2))
     # Target losses.
     config.losses = (0.8, 0.62)
     # Deadlines between the fastest plan's time (0) and the most frugal one's (1), in
@@ -32,10 +32,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.deadlines = (0.4, 0.8)
     # Processor seconds that labels may take.
     config.labels_s = 4.0
-    # On so many clusters at most: plans at fixed resolutions and with wrong predictors,
-    # and for one seed and its first target grid and cost_scaled, which are slow.
-    config.small_clusters = 5
-    config.slow_seed = 1
+    # Only for this seed of the first size: plans at fixed resolutions and with wrong
+    # predictors, and for its first target solvers that take long.
+    config.deep_seed = 1
+    config.slow_solvers = ("grid", "cost_scaled")
     # Relative errors of the predictor, seeds of them, and margins of the loss target.
     config.errors = (0.0, 0.05, 0.1, 0.2)
     config.error_seeds = (1,)
@@ -45,10 +45,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg == "quick":
         config.kinds = ("tiers",)
         config.sizes = ((2, 3, 12),)
-        config.seeds = (1,)
+        config.seeds = ((1,),)
         config.losses = (0.8,)
         config.errors = (0.0, 0.1)
         config.margins = (0.0, 0.05)
-        config.slow_seed = 0
+        config.slow_solvers = ()
         config.frontier = ("tiers", 2, 3, 12, 1)
     return config

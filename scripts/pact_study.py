@@ -57,15 +57,15 @@ def targets(
             yield name, eased.with_target(deadline_s=float(deadline))
 
 
-def measure(problem: pact.Problem, config, slow: bool) -> dict[str, Any]:
-    """Plans with all solvers and rules, the slow solvers only on request."""
+def measure(problem: pact.Problem, config, slow: tuple[str, ...]) -> dict[str, Any]:
+    """Plans with bucket, labels, all rules and the slow solvers that are named."""
     record: dict[str, Any] = {
         "max_loss": problem.max_loss,
         "deadline_s": problem.deadline_s,
         "plans": {},
     }
     for solver in SOLVERS:
-        if slow or solver in ("bucket", "labels"):
+        if solver in ("bucket", "labels", *slow):
             limit = config.labels_s if solver == "labels" else 60.0
             record["plans"][solver], best = planned(problem, solver, limit)
     # Again, with programs compiled: what a planner that runs for longer takes.
@@ -164,7 +164,9 @@ def choices_of(problem, tables, plan: pact.Plan) -> list[tuple[int, int]]:
 
 def run(config, runs: Path) -> None:
     """Writes the records that are missing."""
-    for seed, size, kind in itertools.product(config.seeds, config.sizes, config.kinds):
+    named = zip(config.sizes, config.seeds, strict=True)
+    sized = [(size, seed) for size, seeds in named for seed in seeds]
+    for (size, seed), kind in itertools.product(sized, config.kinds):
         name = "-".join([results.slug(kind), *map(str, size), f"s{seed}"])
         path = runs / FOLDER / f"{name}.json"
         if path.exists():
@@ -172,14 +174,14 @@ def run(config, runs: Path) -> None:
         problem = pact.scenario(kind, *size, seed)
         record = {"kind": kind, "size": list(size), "seed": seed, "cases": {}}
         for target, aimed in targets(problem, config.losses, config.deadlines):
-            small = len(problem.clusters) <= config.small_clusters
-            first = small and seed == config.slow_seed and not record["cases"]
-            case = measure(aimed, config, first)
-            if small:
+            deep = size == config.sizes[0] and seed == config.deep_seed
+            first = deep and not record["cases"]
+            case = measure(aimed, config, config.slow_solvers if first else ())
+            if deep:
                 case["resolution"] = {
                     bins: planned(aimed, at=(bins, 4))[0]["joules"] for bins in BINS
                 }
-            if small and target.endswith(f" {config.deadlines[0]:g}"):
+            if deep and target.endswith(f" {config.deadlines[0]:g}"):
                 best_j = case["plans"]["labels"]["joules"]
                 case["mistaken"] = mistaken(aimed, config, best_j)
             record["cases"][target] = case
