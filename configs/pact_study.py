@@ -38,8 +38,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.slow_solvers = ("grid", "cost_scaled")
     # Relative errors of the predictor, seeds of them, and margins of the loss target.
     config.errors = (0.0, 0.05, 0.1, 0.2)
-    config.error_seeds = (1,)
-    config.margins = (0.0, 0.025, 0.05, 0.1)
+    config.error_seeds = (1, 2, 3, 4)
+    config.margins = (0.0, 0.05)
     # The problem whose whole frontier is recorded.
     config.frontier = ("tiers", 3, 5, 48, 1)
     if arg == "quick":
