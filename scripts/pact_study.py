@@ -272,8 +272,8 @@ def _report(problems: list[dict]) -> str:
         "versions and 12 clusters. Excess is energy above the optimum, in the "
         f"{len(proved)} cases where exact labels proved it in time; elsewhere, in the "
         "next two columns, above the proved lower bound, so that the truth is lower. "
-        "Times are processor seconds of one core, compilation included where it "
-        "occurs.",
+        "Times are processor seconds of one core, with compilation, or its cache on "
+        "disk, where it occurs.",
         report.markdown(solved),
         "## Time of bucket once compiled",
         report.markdown(_times(cases)),
