@@ -10,7 +10,7 @@ were tightened. Seed 1 is thus no independent test; seeds 2 to 6 are.
 Command: python scripts/pact_joint.py --config=configs/pact_joint.py
 Seconds: the same with --config=configs/pact_joint.py:quick
 Table and figure: python scripts/pact_joint.py --report
-Expected: the joint plan is never dearer, up to the planner's own gap; it is cheaper than
+Expected: the joint plan is never dearer, up to the planner's own gap; cheaper than
 model first, then gradients on seed 1 only. Figures: results/tables/pact_joint.md.
 Time: some ten minutes of one CPU core.
 """
