@@ -4,6 +4,7 @@ import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pact_cases import small
 
@@ -13,7 +14,9 @@ from gcjax.pact import exact
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import pact_joint  # noqa: E402
 import pact_plan  # noqa: E402
+import pact_scaling  # noqa: E402
 import pact_study  # noqa: E402
 
 
@@ -79,14 +82,69 @@ def test_choices_of_a_plan_replay_to_the_plan():
     assert pact.replay(problem, choices, tables).steps == plan.steps
 
 
+@pytest.mark.parametrize("script", [pact_study, pact_joint, pact_scaling])
+def test_quick_studies_make_records_tables_and_figures(script, tmp_path):
+    path = ROOT / "configs" / f"{script.__name__}.py"
+    config = report.load_config_file(path).get_config("quick")
+    script.run(config, tmp_path / "runs")
+    records = list((tmp_path / "runs" / script.FOLDER).glob("*.json"))
+    assert records
+    before = [p.stat().st_mtime_ns for p in records]
+    script.run(config, tmp_path / "runs")  # nothing is missing
+    assert [p.stat().st_mtime_ns for p in records] == before
+    written = script.write_report(tmp_path / "runs", tmp_path)
+    assert all(p.stat().st_size > 500 for p in written)
+    assert "nan" not in written[0].read_text()
+    assert script.write_report(tmp_path / "none", tmp_path) == []
+
+
+def test_what_separate_tuning_leaves_of_a_problem():
+    problem = pact.with_gradient_levels(pact.scenario("cooperative", 3, 6, 12, 0), 0)
+    problem = problem.with_target(max_loss=1.2)
+    plan = pact.BASELINES["no compression"](problem)
+    assert plan is not None and {s.version for s in plan.steps} == {"d1"}
+    kept = pact_joint.keeping_places(problem, plan)
+    assert [v.name for v in kept.versions] == ["d1"] and not kept.switches
+    used = {s.cluster for s in plan.steps} | {problem.start_cluster}
+    assert {c.name for c in kept.clusters} == used
+    assert len(kept.gradient_levels) == 4
+    assert all(len(g.efficiency) == 1 for g in kept.gradient_levels)
+    levels = {s.level for s in plan.steps}
+    kept = pact_joint.keeping_levels(problem, plan)
+    assert {g.name for g in kept.gradient_levels} == levels
+
+
+def test_gradient_levels_cost_more_progress_the_less_they_send():
+    problem = pact.with_gradient_levels(pact.scenario("cooperative", 3, 6, 12, 0), 0)
+    for m in range(3):
+        sent = [g.up_fraction[m] for g in problem.gradient_levels]
+        kept = [g.efficiency[m] for g in problem.gradient_levels]
+        assert sent == sorted(sent, reverse=True)
+        assert kept == sorted(kept, reverse=True)
+    for g in problem.gradient_levels[1:]:  # smaller versions have less to spare
+        assert list(g.efficiency) == sorted(g.efficiency, reverse=True)
+
+
+def test_frugal_nodes_hold_small_versions_only_and_large_ones_start_well():
+    for seed in range(3):
+        problem = pact.scenario("tiers", 4, 12, 30, seed)
+        tables = pact.tabulate(problem)
+        mobile = [c.name.startswith("mobile") for c in problem.clusters]
+        at_mobile = np.isin(tables.destination, np.flatnonzero(mobile))
+        there = tables.possible[:, 0]
+        assert not there[0, at_mobile].any() and there[-1, at_mobile].all()
+        drops = [2.2 - pact.next_loss(v.curve, 2.2, 1000.0) for v in problem.versions]
+        assert drops == sorted(drops, reverse=True)
+
+
 def test_scenarios_vary_and_wrong_predictors_stay_legal():
     for kind in pact.KINDS:
         problem = pact.scenario(kind, 3, 6, 10, 0)
         tables = pact.tabulate(problem)
-        there = tables.possible[0, 0]
-        rates = tables.seconds[0, 0][there] / tables.progress[0, 0][there]
-        joules = tables.energy_j[0, 0][there] / tables.progress[0, 0][there]
-        # The fastest action is not the most frugal one.
+        there = tables.possible[-1, 0]
+        rates = tables.seconds[-1, 0][there] / tables.progress[-1, 0][there]
+        joules = tables.energy_j[-1, 0][there] / tables.progress[-1, 0][there]
+        # The fastest way to train the smallest version is not the most frugal one.
         assert rates.argmin() != joules.argmin()
         wrong = pact.perturbed(problem, 0.2, 1)
         assert wrong.versions != problem.versions

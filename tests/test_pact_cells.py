@@ -8,7 +8,7 @@ import pytest
 from pact_cases import small
 
 from gcjax import pact
-from gcjax.pact import cells, exact, graph, planning, scaled
+from gcjax.pact import bucket, cells, exact, graph, scaled
 
 
 @functools.cache
@@ -58,10 +58,9 @@ def test_grid_is_within_its_proved_bound_and_never_below_the_optimum():
             previous = bound
             found = graph.build(problem)
             # Dearer labels than the bound may be dropped: it must be kept without.
-            proved = graph.bounds(found, bins=512)
-            log = planning._run(
-                found, proved, bound, (*bins, 1), snap=True, guided=False
-            )
+            proved = exact.completion(found)
+            a = cells.arrays(found, proved, bound, (*bins, 1), snap=True)
+            log = bucket.run(a, snap=True, guided=False)
             plan = pact.replay(problem, cells.trace(found, log, int(log.best)))
             assert pact.feasible(problem, plan)
             assert best * (1 - 1e-9) <= plan.joules <= bound * (1 + 1e-5)
@@ -99,7 +98,7 @@ def test_cells_hide_nothing_when_they_are_fine_enough():
         found = graph.build(problem)
         bound = graph.estimate(found)
         bins = 8192, 8192, problem.max_epochs
-        log = planning._run(found, bound, 1.05 * best, bins)
+        log = bucket.run(cells.arrays(found, bound, 1.05 * best, bins))
         plan = pact.replay(problem, cells.trace(found, log, int(log.best)))
         np.testing.assert_allclose(plan.joules, best, rtol=1e-6)
 
@@ -144,11 +143,28 @@ def test_a_batch_of_problems_is_solved_as_one_by_one():
         np.testing.assert_allclose(alone.cost[:n], together.cost[i, :n], rtol=1e-6)
 
 
+def test_plans_of_a_batch_are_as_good_as_single_ones():
+    chosen = [p for p, _ in problems()[:5]]
+    met = chosen[0].with_target(max_loss=chosen[0].start_loss)
+    never = chosen[1].with_target(deadline_s=1e-3 * chosen[1].deadline_s)
+    before = bucket._solve_batch._cache_size()
+    *plans, of_met, of_never = pact.plan_batch([*chosen, met, never])
+    assert bucket._solve_batch._cache_size() == before + 1  # one program for all
+    assert of_met.steps == () and of_never is None
+    for problem, plan, (_, best) in zip(chosen, plans, problems(), strict=False):
+        assert pact.feasible(problem, plan)
+        assert best * (1 - 1e-9) <= plan.joules <= 1.03 * best
+        assert 0 < plan.lower_bound_j <= best * (1 + 1e-9)
+    assert pact.plan_batch([]) == []
+    with pytest.raises(ValueError, match="equally many versions"):
+        pact.plan_batch([chosen[0], small(1, 3, 3, 12)])
+
+
 def test_no_second_compilation_for_another_resolution_or_target():
     problem, best = problems()[2]
     found = graph.build(problem)
     bound = graph.estimate(found)
-    planning._run(found, bound, best * 1.1, (256, 16, 1))
+    bucket.run(cells.arrays(found, bound, best * 1.1, (256, 16, 1)))
     size = cells.solve._cache_size()
-    planning._run(found, bound, best * 1.3, (1024, 4, 2))
+    bucket.run(cells.arrays(found, bound, best * 1.3, (1024, 4, 2)))
     assert cells.solve._cache_size() == size

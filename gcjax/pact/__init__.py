@@ -3,7 +3,8 @@
     problem = gcjax.pact.from_config(config)
     plan = gcjax.pact.plan(problem)
 
-Read `problem.py` first, then `graph.py`; `planning.py` says when to use which solver.
+Read `problem.py` first, then `graph.py` and `bucket.py`; `planning.py` says when to use
+which solver, `proof.py` how bounds are proved.
 
 Plans are carried out by `execution.py`, with what `profiling.py` has measured of the
 versions that `compressors.py` makes; these train, and so are imported by themselves:
@@ -11,7 +12,7 @@ versions that `compressors.py` makes; these train, and so are imported by themse
 """
 
 from gcjax.pact.baselines import BASELINES
-from gcjax.pact.planning import SOLVERS, frontier, lower_bound, plan
+from gcjax.pact.planning import SOLVERS, frontier, lower_bound, plan, plan_batch
 from gcjax.pact.predictor import (
     Exponential,
     Jump,
@@ -31,7 +32,7 @@ from gcjax.pact.problem import (
     Switch,
     from_config,
 )
-from gcjax.pact.scenarios import KINDS, perturbed, scenario
+from gcjax.pact.scenarios import KINDS, perturbed, scenario, with_gradient_levels
 from gcjax.pact.schedule import (
     InfeasibleError,
     NoneFoundError,
@@ -64,6 +65,7 @@ __all__ = [
     "refit_curve",
     # plans
     "plan",
+    "plan_batch",
     "frontier",
     "lower_bound",
     "replay",
@@ -77,5 +79,6 @@ __all__ = [
     # synthetic problems
     "scenario",
     "perturbed",
+    "with_gradient_levels",
     "KINDS",
 ]

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from gcjax.pact.graph import MIDDLE, SLACK, TICKS, Bounds, Graph, bounds, build
+from gcjax.pact.graph import MIDDLE, SLACK, TICKS, Bounds, Graph, build, estimate
 from gcjax.pact.problem import Problem
+from gcjax.pact.proof import proved
 from gcjax.pact.schedule import (
     TOLERANCE,
     InfeasibleError,
@@ -274,10 +275,10 @@ def labels(
     options = dict(limit_s=limit_s, progress=progress)
     upper_j *= 1 + 1e-7
     free = Search(None, False, 0.0, 0)
-    bound = bounds(graph, bins=bound_bins(graph))
+    bound = completion(graph)
     cap = graph.problem.max_epochs
     if bound.weights[MIDDLE, 2] * cap * bound.energy_unit_j < 1e-3 * bound.root_j:
-        loose = bounds(graph, capped=False, bins=bound_bins(graph))
+        loose = completion(graph, capped=False)
         free = search(graph, loose, upper_j, capped=False, **options)
         if free.choices is None or len(free.choices) <= cap:
             return free
@@ -289,23 +290,22 @@ def labels(
     )
 
 
-def bound_bins(graph: Graph, floats: int = 1 << 23) -> int:
-    """Bins of progress, a power of two, with which bounds have so many numbers."""
+def completion(graph: Graph, capped: bool = True, floats: int = 1 << 22) -> Bounds:
+    """Proved completion bounds in tables of about so many numbers."""
     bins = floats // (12 * graph.energy_j.shape[0] * graph.energy_j.shape[1])
     # Epochs of a plan with few lead over many points anyway.
-    bins = min(max(bins, 512), 16384, 64 * graph.problem.max_epochs)
-    return 1 << (bins.bit_length() - 1)
+    bins = min(max(bins, 512), 2048, 64 * graph.problem.max_epochs)
+    return proved(graph, estimate(graph, 1 << (bins.bit_length() - 1), capped))
 
 
 def fastest(graph: Graph, limit_s: float = math.inf) -> Search:
     """A plan that meets the target in the least time, whatever its energy."""
     options = dict(energy_free=True, limit_s=limit_s)
-    bins = bound_bins(graph)
-    loose = bounds(graph, capped=False, bins=bins)
+    loose = completion(graph, capped=False)
     found = search(graph, loose, capped=False, **options)
     if found.choices is None or len(found.choices) <= graph.problem.max_epochs:
         return found
-    return search(graph, bounds(graph, bins=bins), **options)
+    return search(graph, completion(graph), **options)
 
 
 def refuse(problem: Problem, limit_s: float = 60.0) -> None:

@@ -12,15 +12,15 @@ no less, and leads to a place from where every following action is so much as ch
 that nothing is lost. Replaced actions are dropped; that never changes the optimum.
 
 **Completion bounds.** V_w(version, cluster, progress) bounds from below w_E energy +
-w_T time + w_K epochs that are still needed, for several weights w: one backward pass
-over a grid of progress with every epoch rounded *up* to the grid. With an energy U that
-some plan is known to reach, a partial plan can be dropped as soon as
+w_T time + w_K epochs that are still needed, for several weights w. With an energy U
+that some plan is known to reach, a partial plan can be dropped as soon as
 
     w_E E + w_T t + w_K k + V_w > w_E U + w_T deadline + w_K max_epochs  for any w.
 
-The weights with w_E = 1 are multipliers of the deadline; at the start of the plan they
-give a lower bound on the optimum (Lagrangian relaxation, as Handler and Zang, "A dual
-algorithm for the constrained shortest path problem", Networks 10, 1980).
+One backward pass over a grid of progress estimates them; `proof.py` makes bounds of the
+estimates. The weights with w_E = 1 are multipliers of the deadline; at the start of the
+plan they give a lower bound on the optimum (Lagrangian relaxation, as Handler and Zang,
+"A dual algorithm for the constrained shortest path problem", Networks 10, 1980).
 """
 
 from functools import partial
@@ -36,7 +36,6 @@ from gcjax.pact.tables import Tables, advance, switched, tabulate
 
 TICKS = 1 << 28  # of the deadline, and of each version's range of progress
 KNOTS = 1 << 13  # at which switches are tabulated
-BOUND_BINS = 2048  # of progress in completion bounds
 # Float32 sums of a few hundred terms; bounds are lowered by this share.
 SLACK = 5e-5
 
@@ -169,15 +168,13 @@ def _worse_places(tables: Tables, m: int) -> tuple[np.ndarray, np.ndarray]:
     possible = tables.possible[after]
     more_j, more_s = np.zeros((2, clusters, clusters))
     for a in range(clusters):
-        for b in range(clusters):
-            there = possible[:, a]
-            if (there & ~possible[:, b]).any() or (
-                there & (gained[:, b] < gained[:, a])
-            ).any():
-                more_j[a, b] = more_s[a, b] = np.inf if a != b else 0
-            elif there.any():
-                for more, cost in ((more_j, joules), (more_s, seconds)):
-                    more[a, b] = max(0, (cost[:, b][there] - cost[:, a][there]).max())
+        there = possible[:, a, None]  # [versions, 1, A]
+        lacks = (there & (~possible | (gained < gained[:, a, None]))).any((0, 2))
+        lacks[a] = False
+        for more, cost in ((more_j, joules), (more_s, seconds)):
+            with np.errstate(invalid="ignore"):  # inf - inf, among impossible ones
+                worse = np.where(there, cost - cost[:, a, None], 0).max((0, 2))
+            more[a] = np.where(lacks, np.inf, np.maximum(worse, 0))
     return more_j, more_s
 
 
@@ -211,7 +208,7 @@ def _ranges(problem: Problem, tables: Tables):
 
 
 class Bounds(NamedTuple):
-    """Bounds on what is still needed, for W weights, at J + 1 points of progress.
+    """What is still needed at least, for W weights, at J + 1 points of progress.
 
     Energy is in units of `energy_unit_j`, time of the deadline.
     """
@@ -220,39 +217,31 @@ class Bounds(NamedTuple):
     value: jax.Array  # float32[M, C, J + 1, W], any version may come next
     stay: jax.Array  # float32[M, C, J + 1, W], the next epoch trains version M
     energy_unit_j: float
-    root_j: float  # bound on the energy of a whole plan
+    root_j: float  # energy of a whole plan
     proof: str  # why no plan exists; "" if that is not known
 
 
 MIDDLE = 7  # the weight whose bound on whole plans is the highest
 
 
-def estimate(graph: Graph, bins: int = 1024) -> Bounds:
-    """Completion bounds that are nearly right, but not proved; see `_backward`."""
-    centre = np.array([1 / units(graph)[1], 0.1])
-    # Multipliers of deadline and epochs: from those that make a typical epoch's time,
-    # or the epoch itself, as dear as its energy, uphill to the highest bound.
-    for size, factor in [*_SEARCH, (bins, 2.0)]:
-        found, centre = _pass(graph, size, centre, factor, proved=False)
-    return found
-
-
-def bounds(graph: Graph, capped: bool = True, bins: int = BOUND_BINS) -> Bounds:
-    """Proved completion bounds.
+def estimate(graph: Graph, bins: int = 1024, capped: bool = True) -> Bounds:
+    """Completion bounds that are nearly right, but not proved; see `_backward`.
 
     Args:
       graph: What is searched.
+      bins: Points of progress, a power of two.
       capped: Heed `max_epochs`; otherwise it has no multiplier.
-      bins: Points of progress; rounding up to them loosens the bounds.
     """
+    # Multipliers of deadline and epochs: from those that make a typical epoch's time,
+    # or the epoch itself, as dear as its energy, uphill to the highest bound.
     centre = np.array([1 / units(graph)[1], 0.1 if capped else 0.0])
-    for size, factor in _SEARCH:
-        found, centre = _pass(graph, size, centre, factor, proved=False)
-    return _pass(graph, bins, centre, 2.0, proved=True)[0]
+    for size, factor in [*_SEARCH, (bins, 2.0)]:
+        found, centre = _pass(graph, size, centre, factor)
+    return found
 
 
 # Points of progress and factor of each step uphill.
-_SEARCH = [(512, f) for f in (30, 10, 10, 5, 3, 3, 2, 2, 1.5, 1.3)]
+_SEARCH = [(256, f) for f in (30, 10, 10, 5, 3, 2, 2, 1.5, 1.3, 1.15, 1.05, 1.05)]
 _AROUND = np.stack(np.meshgrid([-1.0, 0, 1], [-1.0, 0, 1]), -1).reshape(9, 2)
 
 
@@ -266,24 +255,19 @@ def units(graph: Graph) -> tuple[float, float]:
     return max(energy, 1e-30), max(time, 1e-9)
 
 
-def _pass(graph: Graph, bins: int, centre: np.ndarray, factor: float, proved: bool):
+def _pass(graph: Graph, bins: int, centre: np.ndarray, factor: float):
     """Bounds for nine pairs of multipliers around one; and the best pair."""
     unit_j, _ = units(graph)
     around = centre * factor**_AROUND
     weights = np.zeros((12, 3), np.float32)
     weights[:3] = np.eye(3)
     weights[3:, 0], weights[3:, 1:] = 1, around
-    scaled = _scaled(graph, unit_j, bins, proved)
-    value, stay = _backward(weights, bins, graph.goal, *scaled)
+    value, stay = _backward(weights, bins, graph.goal, *_scaled(graph, unit_j, bins))
     at = int(-(-start_ticks(graph) * bins // TICKS))
-    root = np.asarray(value[(*graph.tables.start, at)], float) * (1 - SLACK)
+    root = np.asarray(value[(*graph.tables.start, at)], float)
     lower = root[3:] - around @ [1, graph.problem.max_epochs]
-    root_j, proof = max(0.0, root[0], lower.max()) * unit_j, ""
-    proved |= bool(np.isinf(root[1]))  # no sequence of epochs leads there
-    if proved and root[1] > 1:
-        proof = "the deadline is too short even for the fastest epochs"
-    elif proved and root[2] > graph.problem.max_epochs:
-        proof = "max_epochs is too few even for the most useful epochs"
+    root_j = max(0.0, root[0], lower.max()) * unit_j
+    proof = "no sequence of epochs leads to the target" if np.isinf(root[1]) else ""
     found = Bounds(weights, value, stay, unit_j, root_j, proof)
     return found, around[np.argmax(lower)]
 
@@ -295,17 +279,17 @@ def start_ticks(graph: Graph) -> int:
     return int(graph.ticks(m, float(curve.progress(graph.problem.start_loss))))
 
 
-def _scaled(graph: Graph, unit_j: float, bins: int, proved: bool) -> tuple:
+def _scaled(graph: Graph, unit_j: float, bins: int) -> tuple:
     """Costs in units, steps and switches on a grid of progress."""
     problem, tables = graph.problem, graph.tables
     tick = (graph.high - graph.low)[:, None, None] / bins
     steps = graph.progress / tick * (1 - 1e-12)
-    # Epochs that lead to between two points are repeated until they lead to one.
-    repeat = np.ones_like(steps) if proved else 1 / np.clip(steps, 1e-6, 1)
-    steps = np.clip(np.ceil(steps) if proved else steps, 1, bins)
+    # Epochs that lead to between two points are repeated until they lead to the next.
+    repeat = 1 / np.clip(steps, 1e-6, 1)
+    steps = np.clip(steps, 1, bins)
     whole = np.floor(steps)
     switch = graph.switch_ticks(bins, up=True)
-    switch = -((-switch + (0 if proved else TICKS // bins // 2)) * bins // TICKS)
+    switch = (switch - TICKS // bins // 2 + TICKS // bins - 1) * bins // TICKS
     size = len(problem.versions)
     switch[np.arange(size), np.arange(size)] = np.arange(bins + 1)
     to_f32 = partial(np.asarray, dtype=np.float32)
@@ -329,9 +313,9 @@ def _backward(
 ):
     """Values [M, C, bins + 1, W] of `Bounds`, from the smallest version upwards.
 
-    An epoch leads `whole + part` points further. With parts of 0 and steps rounded up
-    the values are bounds. Otherwise the value between two points is interpolated,
-    which is unbiased, while rounding up favours epochs that gain the most by it.
+    An epoch leads `whole + part` points further. The value between two points is
+    interpolated, which is unbiased; rounding up would favour the epochs that gain the
+    most by it.
     """
     size, clusters, _ = whole.shape
     epochs = weights[:, 2]
@@ -352,7 +336,7 @@ def _backward(
         last = jnp.where(goal[m], 0.0, jnp.min(switched[:, bins], axis=0))
         own = jnp.full((bins + 1, clusters, weights.shape[0]), jnp.inf)
         own = own.at[bins].set(jnp.broadcast_to(last, own.shape[1:]))
-        more = part[m][..., None]
+        more, share = part[m][..., None], 1 / repeat[m][..., None]
 
         def point(i, tables):
             own, staying = tables
@@ -360,9 +344,12 @@ def _backward(
             near = own[jnp.minimum(j + whole[m], bins), destination[m]]
             far = own[jnp.minimum(j + whole[m] + 1, bins), destination[m]]
             following = near + jnp.where(more > 0, more * (far - near), 0)
-            best = jnp.min(
-                jnp.where(jnp.isnan(following), jnp.inf, following) + cost, 1
-            )
+            total = jnp.where(jnp.isnan(following), jnp.inf, following) + cost
+            best = jnp.min(total, 1)
+            # One short epoch elsewhere, and then whatever is best there.
+            there = jnp.minimum(best, switched[:, j])[destination[m]]
+            total = share * (cost + near) + (1 - share) * there
+            best = jnp.minimum(best, jnp.min(jnp.where(share < 1, total, jnp.inf), 1))
             staying = staying.at[j].set(best)
             value = jnp.where(i == 0, own[bins], jnp.minimum(best, switched[:, j]))
             return own.at[j].set(value), staying

@@ -2,35 +2,19 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from gcjax.pact import cells, exact, scaled
-from gcjax.pact.graph import (
-    MIDDLE,
-    Bounds,
-    Graph,
-    bounds,
-    build,
-    estimate,
-    rollouts,
-    units,
-)
+from gcjax.pact import bucket, cells, exact, proof, scaled
+from gcjax.pact.graph import Bounds, Graph, build, estimate, units
 from gcjax.pact.problem import Problem
-from gcjax.pact.schedule import NoneFoundError, Plan, feasible, replay
+from gcjax.pact.schedule import NoneFoundError, Plan, replay
 
 SOLVERS = ("bucket", "grid", "cost_scaled", "labels", "brute_force")
-CAPACITIES = 1 << 16, 1 << 20  # labels of one run: at first, and at most
-_LABELS = 1_000_000  # after which a plan is not improved further
-# Labels of a cell are ranked by bounds that price time and epochs: few bins of these
-# are enough. Bins of progress decide; many problems need no more than the first.
-_FIRST = 1024, 4
-_COARSEST, _FINEST = 64, 8192
-_SETTLED = 5e-4  # relative gain of a finer resolution that is not worth another
-# Bounds that are only estimates may be too high by this share: plans are looked for
-# so much above them first, then in windows that double.
-_WINDOW = 2.5e-3
+_GRID = 64, 128  # bins of loss and time that the grid starts from
+_FINEST = 8192
 
 
 def plan(
@@ -74,7 +58,7 @@ def plan(
     else:
         graph = build(problem)
         if solver == "bucket":
-            found = _bucket(graph, _check_bins(resolution))
+            found = bucket.search(graph, _check_bins(resolution))
         elif solver == "grid":
             found = _grid(graph, _check_bins(resolution))
         elif solver == "cost_scaled":
@@ -86,15 +70,47 @@ def plan(
     return dataclasses.replace(found, cpu_s=time.process_time() - begun)
 
 
-def lower_bound(problem: Problem, floats: int = 1 << 24) -> float:
+def plan_batch(
+    problems: Sequence[Problem],
+    resolution: tuple[int, int] | None = None,
+    capacity: int = 1 << 14,
+) -> list[Plan | None]:
+    """Plans several problems of one size together, by bucket; for sets of scenarios.
+
+    All searches are one compiled program, `jax.vmap` over problems, which is called
+    again while any problem asks for another window. Made for many small problems, up
+    to about 3 versions x 12 clusters x 60 epochs: each window waits for the longest of
+    its searches.
+
+    Args:
+      problems: With equally many versions, and clusters.
+      resolution: As in `plan`.
+      capacity: Labels of one window that there is room for.
+
+    Returns:
+      A plan for each problem; None where no plan was found.
+
+    Raises:
+      ValueError: for problems of different sizes, or impossible resolution.
+    """
+    sizes = {(len(p.versions), len(p.clusters)) for p in problems}
+    if len(sizes) > 1:
+        raise ValueError(
+            "a batch needs equally many versions and clusters in all problems, got "
+            f"{sorted(sizes)}"
+        )
+    return bucket.search_batch(problems, _check_bins(resolution), capacity)
+
+
+def lower_bound(problem: Problem, bins: int = 2048) -> float:
     """Energy in joules that no plan can stay below, proved.
 
     Args:
       problem: What is planned.
-      floats: Size of the tables; larger ones give a tighter bound.
+      bins: Points of progress, a power of two; more give a tighter bound.
     """
     graph = build(problem)
-    return bounds(graph, bins=exact.bound_bins(graph, floats)).root_j
+    return proof.least_joules(graph, estimate(graph, bins))
 
 
 def _check_bins(resolution) -> tuple[int, int] | None:
@@ -128,93 +144,13 @@ def _last_resort(problem: Problem, solver: str, limit_s: float) -> Plan:
     raise AssertionError("unreachable")
 
 
-def _best_rollout(graph: Graph, bound: Bounds) -> Plan | None:
-    plans = [
-        replay(graph.problem, choices, graph.tables, "bucket")
-        for choices in rollouts(graph, bound)
-    ]
-    plans = [p for p in plans if feasible(graph.problem, p)]
-    return min(plans, key=lambda p: p.joules, default=None)
-
-
-def _bucket(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
-    """Searches windows above the estimated optimum, narrow ones first.
-
-    In a narrow window few labels survive, so that cells can be fine. Where the log
-    overflows they are made coarser, and where nothing is found the window is widened.
-    Once a plan is found, progress is cut finer until that gains nothing more.
-    """
-    problem = graph.problem
-    bound = estimate(graph)
-    if bound.proof:
-        return None
-    best = _best_rollout(graph, bound)
-    bins, window = fixed or _FIRST, _WINDOW
-    count, largest = 0, _FINEST
-    while True:
-        known = best.joules if best else np.inf
-        reach = bound.root_j * (1 + window) if window < np.inf else np.inf
-        upper = min(known, reach)
-        log = _run(graph, bound, upper, _three(graph, bound, bins))
-        count += int(log.count)
-        gain = -1.0
-        if log.best >= 0:
-            choices = cells.trace(graph, log, int(log.best))
-            found = replay(problem, choices, graph.tables, "bucket", resolution=bins)
-            if not feasible(problem, found):
-                raise AssertionError("a plan in ticks fails its replay")
-            gain = (known - found.joules) / found.joules
-            best = found if gain > 0 else best
-        settled = upper >= known and gain < _SETTLED
-        if best and count > _LABELS:
-            break
-        if fixed is not None and (gain >= 0 or log.full or window == np.inf):
-            break
-        if log.full and bins[0] > _COARSEST:
-            largest = bins[0] // 2
-            bins = largest, bins[1]
-            if gain >= 0 or (best and settled):
-                break  # the coarser one has been tried
-        elif gain < 0 and upper < known and window < np.inf:
-            window = 2 * window if window < 0.5 else np.inf  # nothing is so cheap
-        elif (settled and bins[0] > _FIRST[0]) or 2 * bins[0] > largest:
-            break
-        else:
-            bins = 2 * bins[0], bins[1]
-    return dataclasses.replace(best, labels=count) if best else None
-
-
-def _run(
-    graph: Graph, bound: Bounds, upper_j: float, bins, snap: bool = False, **options
-) -> cells.Log:
-    """Works off the queue, with more room where the first log overflows."""
-    a = cells.arrays(graph, bound, upper_j * (1 + 1e-6), bins, snap)
-    a = jax.device_put(a)
-    for capacity in CAPACITIES:
-        log = cells.solve(a, capacity, snap=snap, **options)
-        if not log.full:
-            break
-    return jax.device_get(log)
-
-
-def _three(graph: Graph, bound: Bounds, bins: tuple[int, int]) -> tuple[int, int, int]:
-    """Bins of progress, time and epochs: of what does not bind one is enough."""
-    weight = bound.weights[MIDDLE]
-    cap = graph.problem.max_epochs
-    total = bound.root_j / bound.energy_unit_j
-    return (
-        bins[0],
-        bins[1] if weight[1] > 1e-3 * total else 1,
-        min(bins[1], cap) if weight[2] * cap > 1e-3 * total else 1,
-    )
-
-
 def _grid(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
     """Rounded states; cells are halved until some plan survives the rounding."""
-    bound = bounds(graph)
-    bins, best = fixed or (64, 128), None
+    bound = exact.completion(graph)
+    bins, best = fixed or _GRID, None
     while not bound.proof:
-        log = _run(graph, bound, np.inf, (*bins, 1), snap=True, guided=False)
+        a = jax.device_put(cells.arrays(graph, bound, np.inf, (*bins, 1), snap=True))
+        log = bucket.run(a, snap=True, guided=False)
         if log.best >= 0:
             choices = cells.trace(graph, log, int(log.best))
             best = replay(
@@ -233,7 +169,7 @@ def _grid(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
 
 def _labels(graph: Graph, limit_s: float, progress: bool) -> Plan | None:
     """The optimum, with the bucket's plan as a start."""
-    start = _bucket(graph, None)
+    start = bucket.search(graph, None)
     upper = start.joules if start else np.inf
     found = exact.labels(graph, upper, limit_s, progress)
     best = start
@@ -242,8 +178,9 @@ def _labels(graph: Graph, limit_s: float, progress: bool) -> Plan | None:
         best = min(best, start or best, key=lambda p: p.joules)
     if best is None:
         return None
+    lower_j = max(found.lower_j, start.lower_bound_j if start else 0.0)
     return dataclasses.replace(
-        best, solver="labels", lower_bound_j=found.lower_j, labels=found.labels
+        best, solver="labels", lower_bound_j=lower_j, labels=found.labels
     )
 
 

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from gcjax.pact import cells
-from gcjax.pact.graph import SLACK, TICKS, Bounds, Graph, bounds
+from gcjax.pact.exact import completion
+from gcjax.pact.graph import SLACK, TICKS, Bounds, Graph
 from gcjax.pact.schedule import NoneFoundError, Plan, feasible, replay
 
 _LOSS_BINS = 128
@@ -39,11 +40,10 @@ def solve(graph: Graph, error: float, loss_bins: int = _LOSS_BINS) -> Plan | Non
     Raises:
       ValueError: for an error that is not a number above 0.
       NoneFoundError: if there are more labels than room.
-      NoneFoundError: if there are more labels than room.
     """
     if not (isinstance(error, int | float) and 0 < error < math.inf):
         raise ValueError(f"the relative error must be above 0, got {error!r}")
-    bound = bounds(graph)
+    bound = completion(graph)
     if bound.proof:
         return None
     low = bound.root_j

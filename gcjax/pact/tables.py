@@ -14,7 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from gcjax.pact.predictor import next_loss
-from gcjax.pact.problem import Cluster, GradientLevel, ModelVersion, Node, Problem
+from gcjax.pact.problem import (
+    Cluster,
+    GradientLevel,
+    ModelVersion,
+    Node,
+    Problem,
+)
 
 
 class Tables(NamedTuple):
@@ -54,9 +60,12 @@ def tabulate(problem: Problem) -> Tables:
     fraction = np.asarray(problem.data_fractions, float)[fraction]
 
     train = np.empty((3, len(versions), len(destination)))
+    useful = [_useful(problem, c) for c in clusters]
     for m, version in enumerate(versions):
         for a, (c, f, g) in enumerate(zip(destination, fraction, level, strict=True)):
-            train[:, m, a] = _epoch(problem, m, version, clusters[c], f, levels[g])
+            spent = _epoch(problem, m, clusters[c], f, levels[g])
+            kept = levels[g].efficiency[m] if len(clusters[c].members) > 1 else 1.0
+            train[:, m, a] = *spent, f * useful[c] * kept
         if not np.isfinite(train[0, m]).any():
             raise ValueError(_why_nobody(problem, version))
     move_j, move_s = _moves(problem)
@@ -97,13 +106,12 @@ def _uncompressed(versions: int) -> GradientLevel:
 def _epoch(
     problem: Problem,
     m: int,
-    version: ModelVersion,
     cluster: Cluster,
     fraction: float,
     level: GradientLevel,
-) -> tuple[float, float, float]:
-    """Joules, seconds and effective samples of an epoch; inf joules: impossible."""
-    members = problem.members(cluster)
+) -> tuple[float, float]:
+    """Joules and seconds of an epoch; inf where impossible."""
+    version, members = problem.versions[m], problem.members(cluster)
     together = len(members) > 1
     rounds = cluster.rounds_per_epoch * fraction if together else 0.0
     memory = version.training_bytes
@@ -112,7 +120,7 @@ def _epoch(
         memory += level.bytes_per_parameter * version.parameters
         coding = rounds * level.flops_per_parameter * version.parameters
     if any(node.memory_bytes < memory for node in members):
-        return np.inf, np.inf, 0.0
+        return np.inf, np.inf
     samples = [fraction * node.samples for node in members]
     bits = rounds * 8 * version.parameter_bytes
     bits *= level.up_fraction[m] + level.down_fraction[m]
@@ -124,8 +132,8 @@ def _epoch(
     )
     spent, seconds = epoch_cost(problem, cluster, work)
     if any(j > n.max_epoch_j for j, n in zip(spent, members, strict=True)):
-        return np.inf, np.inf, 0.0
-    return sum(spent), seconds, fraction * _useful(problem, cluster, m, level)
+        return np.inf, np.inf
+    return sum(spent), seconds
 
 
 class Work(NamedTuple):
@@ -189,13 +197,11 @@ def switch_cost(problem: Problem, holder: Cluster, flops: float) -> tuple[float,
     return flops * node.joules_per_flop, flops / node.flops_per_s
 
 
-def _useful(problem: Problem, cluster: Cluster, m: int, level: GradientLevel) -> float:
-    """Effective samples of all of a cluster's data."""
+def _useful(problem: Problem, cluster: Cluster) -> float:
+    """Effective samples of all of a cluster's data, gradients uncompressed."""
     samples = _histogram(problem, cluster)
     everything = sum(np.array(n.histogram, float) for n in problem.nodes)
     kept = 1 - problem.skew_loss * _distance(samples, everything)
-    if len(cluster.members) > 1:
-        kept *= level.efficiency[m]
     return float(samples.sum() * cluster.efficiency * kept)
 
 

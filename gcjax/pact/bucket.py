@@ -1,0 +1,203 @@
+"""The default planner: windows above an estimated optimum, worked off in cells.
+
+A *window* is a search of `cells` for plans whose bounded energy is at most so much. In
+a narrow window few labels survive, so that cells can be fine. Windows widen until a
+plan is found, and then progress is cut finer until that gains nothing more, or the
+plan is as near as wanted to a proved lower bound.
+"""
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from gcjax.pact import cells, proof
+from gcjax.pact.graph import MIDDLE, Bounds, Graph, build, estimate, rollouts
+from gcjax.pact.problem import Problem
+from gcjax.pact.schedule import Plan, feasible, replay
+
+CAPACITIES = 1 << 16, 1 << 20  # labels of one window: at first, and at most
+_LABELS = 1_000_000  # after which a plan is not improved further
+# Labels of a cell are ranked by bounds that price time and epochs: few bins of these
+# are enough. Bins of progress decide; many problems need no more than the first.
+_FIRST = 1024, 4
+_COARSEST, _FINEST = 64, 8192
+_SETTLED = 5e-4  # relative gain, or proved gap, that is not worth another window
+# Bounds that are only estimates may be too high by this share: plans are looked for
+# so much above them first, then in windows that double.
+_WINDOW = 2.5e-3
+
+
+class Window(NamedTuple):
+    """What a search asks for: energy at most, and bins of progress, time, epochs."""
+
+    upper_j: float
+    bins: tuple[int, int, int]
+
+
+def search(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
+    """The best plan found; None for none.
+
+    Args:
+      graph: What is searched.
+      fixed: Bins of progress and time; None refines progress.
+    """
+    bound = estimate(graph)
+    if bound.proof:
+        return None
+    a = jax.device_put(cells.arrays(graph, bound, np.inf, (1, 1, 1)))
+    windows = _windows(graph, bound, fixed)
+    window, plan = _next(windows, None)
+    while window:
+        window, plan = _next(windows, run(_narrowed(a, bound, window)))
+    return plan
+
+
+def search_batch(
+    problems: Sequence[Problem], fixed: tuple[int, int] | None, capacity: int
+) -> list[Plan | None]:
+    """The same for several problems; see `gcjax.pact.plan_batch`."""
+    plans: list[Plan | None] = [None] * len(problems)
+    open_ = [i for i, p in enumerate(problems) if p.start_loss > p.max_loss]
+    for i in set(range(len(problems))) - set(open_):
+        plans[i] = replay(problems[i], [], solver="bucket")
+    graphs = [build(problems[i]) for i in open_]
+    most = max((g.action.shape[2] for g in graphs), default=0)
+    graphs = [_padded(g, most) for g in graphs]
+    bounds = [estimate(g) for g in graphs]
+    searches = [_windows(g, b, fixed) for g, b in zip(graphs, bounds, strict=True)]
+    asked: list[Window | None] = [None] * len(open_)
+    for k, i in enumerate(open_):
+        if not bounds[k].proof:
+            asked[k], plans[i] = _next(searches[k], None)
+    a = [cells.arrays(g, b, 0, (1, 1, 1)) for g, b in zip(graphs, bounds, strict=True)]
+    if not a:
+        return plans
+    a = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *a))
+    while any(asked):
+        # Problems that ask for no more look for plans of no energy: there are none.
+        now = [w or Window(0.0, (1, 1, 1)) for w in asked]
+        units = np.array([b.energy_unit_j for b in bounds])
+        uppers = np.float32([w.upper_j for w in now] / units * (1 + 1e-6))
+        bins = np.array([w.bins for w in now], np.int32)
+        logs = jax.device_get(
+            _solve_batch(a._replace(upper=uppers, bins=bins), capacity=capacity)
+        )
+        for k, i in enumerate(open_):
+            if asked[k]:
+                log = jax.tree.map(lambda x, k=k: x[k], logs)
+                asked[k], plans[i] = _next(searches[k], log)
+    return plans
+
+
+@partial(jax.jit, static_argnames="capacity")
+def _solve_batch(a: cells.Arrays, capacity: int) -> cells.Log:
+    one = partial(cells.solve, capacity=capacity, axis_name="problems")
+    return jax.vmap(one, axis_name="problems")(a)
+
+
+def _padded(graph: Graph, actions: int) -> Graph:
+    """The graph with so many actions in every place, the last ones impossible."""
+    more = ((0, 0), (0, 0), (0, actions - graph.action.shape[2]))
+    pad = partial(np.pad, pad_width=more)
+    return graph._replace(
+        action=pad(graph.action),
+        energy_j=pad(graph.energy_j, constant_values=np.inf),
+        seconds=pad(graph.seconds, constant_values=np.inf),
+        progress=pad(graph.progress),
+        destination=pad(graph.destination),
+    )
+
+
+def _narrowed(a: cells.Arrays, bound: Bounds, window: Window) -> cells.Arrays:
+    upper = np.float32(window.upper_j * (1 + 1e-6) / bound.energy_unit_j)
+    return a._replace(upper=upper, bins=np.array(window.bins, np.int32))
+
+
+def run(a: cells.Arrays, **options) -> cells.Log:
+    """Works off the queue, with more room where the first log overflows."""
+    for capacity in CAPACITIES:
+        log = cells.solve(a, capacity, **options)
+        if not log.full:
+            break
+    return jax.device_get(log)
+
+
+def _next(
+    windows: Generator, log: cells.Log | None
+) -> tuple[Window | None, Plan | None]:
+    """The next window that is asked for; at the end None, and the plan."""
+    try:
+        return windows.send(log), None
+    except StopIteration as end:
+        return None, end.value
+
+
+def _windows(
+    graph: Graph, bound: Bounds, fixed: tuple[int, int] | None
+) -> Generator[Window, cells.Log, Plan | None]:
+    """Asks for windows, is sent their logs, and returns the best plan."""
+    problem = graph.problem
+    lower_j = proof.least_joules(graph, bound)
+    best = _best_rollout(graph, bound)
+    bins, window = fixed or _FIRST, _WINDOW
+    count, largest = 0, _FINEST
+    while True:
+        known = best.joules if best else np.inf
+        if fixed is None and known <= lower_j * (1 + _SETTLED):
+            break
+        reach = bound.root_j * (1 + window) if window < np.inf else np.inf
+        upper = min(known, reach)
+        log = yield Window(upper, _three(graph, bound, bins))
+        count += int(log.count)
+        gain = -1.0
+        if log.best >= 0:
+            choices = cells.trace(graph, log, int(log.best))
+            found = replay(problem, choices, graph.tables, "bucket", resolution=bins)
+            if not feasible(problem, found):
+                raise AssertionError("a plan in ticks fails its replay")
+            gain = (known - found.joules) / found.joules
+            best = found if gain > 0 else best
+        settled = upper >= known and gain < _SETTLED
+        if best and count > _LABELS:
+            break
+        if fixed is not None and (gain >= 0 or log.full or window == np.inf):
+            break
+        if log.full and bins[0] > _COARSEST:
+            largest = bins[0] // 2
+            bins = largest, bins[1]
+            if gain >= 0 or (best and settled):
+                break  # the coarser one has been tried
+        elif gain < 0 and upper < known and window < np.inf:
+            window = 2 * window if window < 0.5 else np.inf  # nothing is so cheap
+        elif (settled and bins[0] > _FIRST[0]) or 2 * bins[0] > largest:
+            break
+        else:
+            bins = 2 * bins[0], bins[1]
+    if best is None:
+        return None
+    return dataclasses.replace(best, labels=count, lower_bound_j=lower_j)
+
+
+def _best_rollout(graph: Graph, bound: Bounds) -> Plan | None:
+    plans = [
+        replay(graph.problem, choices, graph.tables, "bucket")
+        for choices in rollouts(graph, bound)
+    ]
+    plans = [p for p in plans if feasible(graph.problem, p)]
+    return min(plans, key=lambda p: p.joules, default=None)
+
+
+def _three(graph: Graph, bound: Bounds, bins: tuple[int, int]) -> tuple[int, int, int]:
+    """Bins of progress, time and epochs: of what does not bind one is enough."""
+    weight = bound.weights[MIDDLE]
+    cap = graph.problem.max_epochs
+    total = bound.root_j / bound.energy_unit_j
+    return (
+        bins[0],
+        bins[1] if weight[1] > 1e-3 * total else 1,
+        min(bins[1], cap) if weight[2] * cap > 1e-3 * total else 1,
+    )
