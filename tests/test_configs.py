@@ -30,9 +30,15 @@ def adaptive_runs():
         for config, method in report.sweep_runs(module.get_config("quick"), module):
             if method.startswith(("lgreco(", "dagc_r(")):
                 found.setdefault(config.aggregator, (config, method))
+    # Those of layers compile for a quarter of a minute each; one stands for all.
+    kept = next(a for a in found if a.startswith("compressed_mean(top_k("))
     return [
-        pytest.param(*run, id=f"{run[0].experiment} {results.label(*run)}")
-        for run in found.values()
+        pytest.param(
+            *run,
+            id=f"{run[0].experiment} {results.label(*run)}",
+            marks=[pytest.mark.slow] * (not name.startswith("param") and name != kept),
+        )
+        for name, run in found.items()
     ]
 
 

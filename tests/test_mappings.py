@@ -82,7 +82,17 @@ def layers(tree):
     return [x for x in jax.tree.leaves(tree) if x.size >= 1024]
 
 
-@pytest.mark.parametrize("name", AGGREGATORS)
+# Half a minute of compilation each; others of their kind run always.
+SLOW = ("qsgd adaptive", "qsgd ring adaptive")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in AGGREGATORS
+    ],
+)
 def test_vmap_equals_shard_map(name, mesh):
     params = tree()
     runs = []
