@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def sweep(add: Callable) -> None:
     """Calls `add` with what each run of the experiment overrides."""
-    for rate in RATES:
-        for seed in (0, 1):
+    for seed in (0, 1):
+        for rate in RATES:
             for method in METHODS:
                 add(methods=(method,), learning_rate=rate, seed=seed)

@@ -25,6 +25,14 @@ def mesh():
     return jax.make_mesh((N,), ("workers",), axis_types=(AxisType.Auto,))
 
 
+@pytest.fixture
+def fast_compilation():
+    """For tests that compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def tree(scale: float = 1.0, seed: int = 0, workers: int | None = None) -> dict:
     """A tree with three layers and two small tensors, maybe one for each worker."""
     rng = np.random.default_rng(seed)

@@ -63,13 +63,6 @@ def test_sweep_parses(name):
     assert len({results.file_name(*run) for run in runs}) == len(runs)
 
 
-@pytest.fixture
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("config, method", adaptive_runs())
 @pytest.mark.usefixtures("fast_compilation")
 @jax.numpy_dtype_promotion("standard")  # optax's schedules mix types

@@ -82,7 +82,10 @@ def test_choices_of_a_plan_replay_to_the_plan():
     assert pact.replay(problem, choices, tables).steps == plan.steps
 
 
-@pytest.mark.parametrize("script", [pact_study, pact_joint, pact_scaling])
+@pytest.mark.parametrize(
+    "script",
+    [pact_study, pytest.param(pact_joint, marks=pytest.mark.slow), pact_scaling],
+)
 def test_quick_studies_make_records_tables_and_figures(script, tmp_path):
     path = ROOT / "configs" / f"{script.__name__}.py"
     config = report.load_config_file(path).get_config("quick")
