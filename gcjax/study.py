@@ -125,13 +125,18 @@ def target_of(group: Group, mean_ratio: float) -> float | None:
     return SHARE_OF_UNIFORM * statistics.fmean(map(final, runs)) if runs else None
 
 
+def _pairs(runs: list[Record], others: list[Record], value: Callable) -> list[tuple]:
+    """Values of runs and of others at the same seeds."""
+    by_seed = {r["seed"]: r for r in others}
+    both = [(r, by_seed[r["seed"]]) for r in runs if r["seed"] in by_seed]
+    return [(value(a), value(b)) for a, b in both]
+
+
 def paired(
     runs: list[Record], others: list[Record], value: Callable
 ) -> tuple[float, float] | None:
     """Mean difference at one seed, and its standard error; None below two pairs."""
-    by_seed = {r["seed"]: r for r in others}
-    pairs = [(r, by_seed[r["seed"]]) for r in runs if r["seed"] in by_seed]
-    values = [(value(a), value(b)) for a, b in pairs]
+    values = _pairs(runs, others, value)
     gaps = [a - b for a, b in values if a is not None and b is not None]
     if len(gaps) < 2 or len(gaps) < len(values):
         return None
@@ -142,9 +147,7 @@ def interval(
     runs: list[Record], others: list[Record], value: Callable, scale: float = 1
 ) -> str:
     """Where 95 % of the mean differences lie when pairs are drawn again and again."""
-    by_seed = {r["seed"]: r for r in others}
-    pairs = [(r, by_seed[r["seed"]]) for r in runs if r["seed"] in by_seed]
-    values = [(value(a), value(b)) for a, b in pairs]
+    values = _pairs(runs, others, value)
     if len(values) < 3 or any(None in v for v in values):
         return "-"
     gaps = scale * np.array([a - b for a, b in values])
@@ -176,11 +179,10 @@ def _mean(values: list[float | None], otherwise: str) -> str:
     return text
 
 
-def _counts(uniform: list[Record], runs: list[Record], count: Callable) -> list[int]:
-    """Of uniform's runs at the seeds of others, where they get there."""
-    seeds = set(map(_seed, runs))
-    found = [count(r) for r in uniform if _seed(r) in seeds]
-    return [n for n in found if n is not None]
+def _scale(uniform: list[Record], runs: list[Record], count: Callable) -> float:
+    """Per cent for one of uniform's steps, at the seeds of others; 1 without any."""
+    base = [n for n, _ in _pairs(uniform, runs, count) if n is not None]
+    return 100 / statistics.fmean(base) if base else 1
 
 
 def _more_than(record: Record) -> str:
@@ -261,10 +263,9 @@ def _targets(group: Group, targets: Sequence[float], mean_ratio: float) -> str:
         for target in targets:
             count = lambda r, target=target: iterations(r, target)
             text = _mean([count(r) for r in runs], _more_than(runs[0]))
-            base = _counts(uniform, runs, count)
             gap = paired(uniform, runs, count)
-            if gap is not None and base and method != f"uniform({mean_ratio})":
-                text += f"; {verdict(gap, 100 / statistics.fmean(base))} %"
+            if gap is not None and method != f"uniform({mean_ratio})":
+                text += f"; {verdict(gap, _scale(uniform, runs, count))} %"
             cells.append(text)
         rows.append([f"`{method}`", *cells])
     return report.markdown(rows)
@@ -297,9 +298,8 @@ def _results(name: str, group: Group, target, mean_ratio: float, paper: dict) ->
             continue
         count = lambda r: iterations(r, target)
         need = [count(r) for r in runs]
-        base = _counts(uniform, runs, count)
         gap = paired(uniform, runs, count)
-        scale = 100 / statistics.fmean(base) if base else 1
+        scale = _scale(uniform, runs, count)
         row += [_mean(need, _more_than(runs[0])), verdict(gap, scale)]
         row += [interval(uniform, runs, count, scale)]
         sent = [megabytes(r, target) for r in runs]

@@ -275,7 +275,9 @@ def _task(
             means = {metric: math.exp(min(means["loss"], 700.0)), **means}
         return means
 
-    shards = None if split is None else lambda seed, n: split(samples, n, seed)
+    # Weights, batches and the record's profile all ask for them.
+    dealt = functools.cache(lambda seed, n: split(samples, n, seed))
+    shards = None if split is None else dealt
 
     def batches(seed, num_workers, batch_size):
         if shards is not None:
