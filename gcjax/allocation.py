@@ -300,7 +300,8 @@ def pairs(
 
     Raises:
       ValueError: for weights or densities out of range, `every` < 1, a default that is
-        not on the ladder or the least of it, or a selector that would send layers uncompressed.
+        not on the ladder or the least of it, or a selector that would send layers
+        uncompressed.
     References: Markov et al., 2024, L-GreCo, arXiv:2210.17357, whose layers are all of
       one gradient. With one worker this is its solution; with one layer and errors
       proportional to (p zeta / density)^2 it is that of criterion "psi" of `dagc_r`.
