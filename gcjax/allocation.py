@@ -294,12 +294,14 @@ def pairs(
     Args:
       selector: Such as `gcjax.lgreco(default=0.01)`. Its default holds at first.
       weights: p, one per worker, not negative; divided by their sum.
-      densities: Ladder of densities, as of `gcjax.top_k`.
+      densities: Ladder of densities, as of `gcjax.top_k`. Some must be below the
+        selector's default: what some pairs get, others give up.
       every: Rounds between choices; the first one follows the first round.
 
     Raises:
       ValueError: for weights or densities out of range, `every` < 1, a default that is
-        not on the ladder, or a selector that would send layers uncompressed.
+        not on the ladder or the least of it, or a selector that would send layers
+        uncompressed.
     References: Markov et al., 2024, L-GreCo, arXiv:2210.17357, whose layers are all of
       one gradient. With one worker this is its solution; with one layer and errors
       proportional to (p zeta / density)^2 it is that of criterion "psi" of `dagc_r`.
@@ -313,6 +315,11 @@ def pairs(
     p = p / p.sum()
     densities = ladder(densities, "density", 0.0, 1.0)
     first = level_index(densities, selector.default)
+    if first == 0 and len(densities) > 1:
+        raise ValueError(
+            f"pairs: no density is below the default, {selector.default:g}, so none "
+            "could be given up for another; pass lower densities"
+        )
     wanted = selector.levels or densities
     kept = [level_index(densities, v) for v in wanted]
 

@@ -355,6 +355,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
             "max_ratio must be in",
         ),
         (lambda: gcjax.pairs(gcjax.lgreco(0.33), [1.0]), "not on the ladder"),
+        (lambda: gcjax.pairs(gcjax.lgreco(0.001), [1.0]), "below the default, 0.001"),
         (lambda: server(weights=[1, np.nan, 1, 1]), "weights must be one number"),
         (lambda: server(weights=[1, 1]), "do not go together"),
         (lambda: server(to="peers"), "'server' or 'all'"),
