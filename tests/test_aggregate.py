@@ -46,8 +46,9 @@ def test_identical_workers_give_one_workers_result():
     make = lambda: gcjax.compressed_mean(gcjax.top_k(0.05))
     many = trainer(make(), tree())
     mean, _ = many.update(many.init(tree()), identical())
-    one = jax.vmap(make().init, in_axes=None, axis_size=1, axis_name="workers")(tree())
-    alone, _ = jax.vmap(make().update, axis_name="workers")(
+    over = dict(axis_size=1, axis_name="workers")
+    one = jax.jit(jax.vmap(make().init, in_axes=None, **over))(tree())
+    alone, _ = jax.jit(jax.vmap(make().update, **over))(
         jax.tree.map(lambda g: g[:1], identical()), one
     )
     jax.tree.map(

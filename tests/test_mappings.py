@@ -46,9 +46,7 @@ AGGREGATORS = {
     "power_sgd": lambda: gcjax.power_sgd(2),
     "top_k nearly": lambda: gcjax.compressed_mean(gcjax.top_k(0.05, tolerance=0.1)),
     "top_k adaptive": lambda: gcjax.adapt(
-        gcjax.compressed_mean(
-            gcjax.top_k((0.003, 0.01)), spacing=2.0, momentum=0.9
-        ),
+        gcjax.compressed_mean(gcjax.top_k((0.003, 0.01)), spacing=2.0, momentum=0.9),
         gcjax.lgreco(0.01),
         every=2,
         warmup_steps=1,
