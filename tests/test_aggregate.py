@@ -15,13 +15,17 @@ from jax.sharding import PartitionSpec as P
 import gcjax
 
 
-def adaptive_top_k(densities=(0.001, 0.003, 0.01, 0.03), default=0.01, **options):
+def adaptive_top_k(densities=(0.003, 0.01, 0.03), default=0.01, spacing=2.0, **options):
     """A short ladder with few lengths, which compiles quickly."""
     return gcjax.adapt(
-        gcjax.compressed_mean(gcjax.top_k(densities), spacing=1.4, **options),
+        gcjax.compressed_mean(gcjax.top_k(densities), spacing=spacing, **options),
         gcjax.lgreco(default, solver="dp"),
         every=2,
     )
+
+
+# For what another case, which always runs, shows nearly as well.
+slow = lambda case: pytest.param(case, marks=pytest.mark.slow)
 
 
 def grads(step: int = 0, scale: float = 1.0):
@@ -118,7 +122,7 @@ def test_declared_bits_are_the_compiled_collectives(name, mesh):
 
 
 def test_declared_bits_of_every_capacity_are_in_the_compiled_program(mesh):
-    run = trainer(adaptive_top_k(), tree(), mesh)
+    run = trainer(adaptive_top_k(spacing=1.4), tree(), mesh)
     state = run.init(tree())
     found = compiled_words(run, state, grads())
     assert len(found["all-gather"]) > 5
@@ -129,9 +133,9 @@ def test_declared_bits_of_every_capacity_are_in_the_compiled_program(mesh):
         assert int(info(state).words.gathered) in found["all-gather"]
 
 
-@pytest.mark.parametrize("where", ["vmap", "shard_map"])
+@pytest.mark.parametrize("where", [slow("vmap"), "shard_map"])
 def test_one_compilation_over_twenty_selections_with_bytes_that_follow(where, mesh):
-    made = adaptive_top_k((0.005, 0.01, 0.02, 0.05, 0.1), default=0.05)
+    made = adaptive_top_k((0.005, 0.01, 0.02, 0.05, 0.1), default=0.05, spacing=1.4)
     run = trainer(made, tree(), mesh if where == "shard_map" else None)
     state, sent, levels = run.init(tree()), set(), set()
     batch = grads()  # made before the count starts
@@ -250,7 +254,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-@pytest.mark.parametrize("where", ["vmap", "shard_map"])
+@pytest.mark.parametrize("where", ["vmap", slow("shard_map")])
 def test_inside_optax_wrappers(name, where, mesh):
     run = trainer(WRAPPED[name](), tree(), mesh if where == "shard_map" else None)
     state = run.init(tree())
@@ -470,7 +474,7 @@ class MiddleIsFree:
         return 0.0
 
 
-@pytest.mark.parametrize("where", ["vmap", "shard_map"])
+@pytest.mark.parametrize("where", ["vmap", slow("shard_map")])
 def test_a_layer_may_travel_uncompressed(where, mesh):
     aggregator = gcjax.adapt(
         gcjax.compressed_mean(gcjax.top_k((0.003, 0.01, 0.03)), spacing=2.0),
