@@ -122,7 +122,8 @@ def test_declared_bits_are_the_compiled_collectives(name, mesh):
 
 
 def test_declared_bits_of_every_capacity_are_in_the_compiled_program(mesh):
-    run = trainer(adaptive_top_k(spacing=1.4), tree(), mesh)
+    made = adaptive_top_k((0.001, 0.003, 0.01, 0.03), spacing=1.4)
+    run = trainer(made, tree(), mesh)
     state = run.init(tree())
     found = compiled_words(run, state, grads())
     assert len(found["all-gather"]) > 5
