@@ -11,7 +11,15 @@ import optax
 import pytest
 
 from gcjax import experiment, pact, report, results, train
-from gcjax.pact import compressors, execution, outcomes, predictor, profiling, training
+from gcjax.pact import (
+    compressors,
+    execution,
+    horizon,
+    outcomes,
+    predictor,
+    profiling,
+    training,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = report.load_config_file(ROOT / "configs" / "pact_fashion.py")
@@ -365,10 +373,10 @@ def test_least_loss_is_the_best_epoch_in_time(profiled):
             for a in np.flatnonzero(tables.possible[m, 0]).tolist():
                 plans.append(pact.replay(eased, [(m, a)], tables))
         plans = [p for p in plans if p.seconds <= deadline]
-        found = execution.least_loss(eased)
+        found = horizon.least_loss(eased)
         assert found.loss == min(p.loss for p in plans)
         assert found.seconds <= deadline
-    assert execution.least_loss(problem.with_target(deadline_s=1e-6)) is None
+    assert horizon.least_loss(problem.with_target(deadline_s=1e-6)) is None
     config.shares = (1.0, 0.5)
     with pytest.raises(ValueError, match="profile again"):
         profiling.problem(config, record, histograms, 2.0)
