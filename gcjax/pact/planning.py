@@ -14,7 +14,6 @@ from gcjax.pact.schedule import NoneFoundError, Plan, replay
 
 SOLVERS = ("bucket", "grid", "cost_scaled", "labels", "brute_force")
 _GRID = 64, 128  # bins of loss and time that the grid starts from
-_FINEST = 8192
 
 
 def plan(
@@ -141,12 +140,12 @@ def _check_bins(resolution) -> tuple[int, int] | None:
     if not (
         isinstance(resolution, tuple)
         and len(resolution) == 2
-        and all(isinstance(b, int) and 1 <= b <= 8192 for b in resolution)
+        and all(isinstance(b, int) and 1 <= b <= cells.FINEST for b in resolution)
         and all(b & (b - 1) == 0 for b in resolution)
     ):
         raise ValueError(
-            "resolution must be two powers of two up to 8192, bins of progress and "
-            f"of time, got {resolution!r}"
+            f"resolution must be two powers of two up to {cells.FINEST}, bins of "
+            f"progress and of time, got {resolution!r}"
         )
     return resolution
 
@@ -192,7 +191,7 @@ def _grid(
                 f"grid gave up after {count} labels, the last at {bins[0]} x {bins[1]} "
                 "bins: raise limit_labels, or set a coarser resolution"
             )
-        if fixed or bins[0] >= _FINEST:
+        if fixed or bins[0] >= cells.FINEST:
             break
         bins = 2 * bins[0], 2 * bins[1]
     return None

@@ -40,7 +40,8 @@ def solve(
     Args:
       graph: What is searched.
       error: Allowed relative error, above 0.
-      loss_bins: Of the grid of losses, from top_loss to max_loss.
+      loss_bins: Of the grid of losses, from top_loss to max_loss; doubled where no plan
+        survives the rounding.
       limit_labels: After which no further pass is begun.
 
     Returns:
@@ -54,40 +55,52 @@ def solve(
     if not (isinstance(error, int | float) and 0 < error < math.inf):
         raise ValueError(f"the relative error must be above 0, got {error!r}")
     bound = completion(graph)
-    if bound.proof:
-        return None
-    low = bound.root_j
-    finite = graph.energy_j[np.isfinite(graph.energy_j)]
-    longest = graph.problem.max_epochs * (
-        finite.max() + graph.tables.switch_j[np.isfinite(graph.tables.switch_j)].max()
-    )
-    low = max(low, finite.min() * 0.5)
     count = 0
-    # Tests: no plan of at most `low`, or one of at most twice as much.
-    while True:
-        plan, made = _within(graph, bound, low, low, loss_bins)
+    while not bound.proof and loss_bins <= cells.FINEST:
+        plan, low, made = _doubled(graph, bound, loss_bins, limit_labels - count)
         count += made.labels
-        if plan or low > longest:
-            break
-        if made.full or count >= limit_labels:  # then that there is none proves nothing
-            raise NoneFoundError(
-                f"cost_scaled gave up after {count} labels, at {loss_bins} loss bins "
-                f"and {low:.3g} J: raise limit_labels, or allow a larger error"
-            )
-        low *= 2
-    if plan is None:
-        return None
-    if count < limit_labels:
-        last, made = _within(graph, bound, plan.joules, error * low / 2, loss_bins)
-        count += made.labels
-        plan = min(plan, last or plan, key=lambda p: p.joules)
-    return replace(plan, labels=count, resolution=(loss_bins, made.bins))
+        if plan is None:
+            loss_bins *= 2
+            continue
+        if count < limit_labels:
+            last, made = _within(graph, bound, plan.joules, error * low / 2, loss_bins)
+            count += made.labels
+            plan = min(plan, last or plan, key=lambda p: p.joules)
+        return replace(plan, labels=count, resolution=(loss_bins, made.bins))
+    return None
 
 
 class _Pass(NamedTuple):
     labels: int
     full: bool  # whether labels were dropped for lack of room
     bins: int  # of energy
+
+
+def _doubled(graph: Graph, bound: Bounds, loss_bins: int, limit_labels: int):
+    """A plan of at most four times the least energy over rounded losses, if any.
+
+    Tests whether there is no plan of at most `low`, or one of at most twice as much,
+    with `low` doubled each time.
+
+    Returns:
+      The plan or None, the last `low`, and the passes together.
+    """
+    finite = graph.energy_j[np.isfinite(graph.energy_j)]
+    longest = graph.problem.max_epochs * (
+        finite.max() + graph.tables.switch_j[np.isfinite(graph.tables.switch_j)].max()
+    )
+    low, count = max(bound.root_j, finite.min() * 0.5), 0
+    while True:
+        plan, made = _within(graph, bound, low, low, loss_bins)
+        count += made.labels
+        if plan or low > longest:
+            return plan, low, made._replace(labels=count)
+        if made.full or count >= limit_labels:  # then that there is none proves nothing
+            raise NoneFoundError(
+                f"cost_scaled gave up after {count} labels at {loss_bins} loss bins "
+                f"and {low:.3g} J: raise limit_labels, or allow a larger error"
+            )
+        low *= 2
 
 
 def _within(
