@@ -2,10 +2,8 @@
 
 A family of synthetic problems in which fast nodes are hungry, frugal ones slow, and
 large versions learn fast at first; see gcjax/pact/scenarios.py. Each is planned for two
-losses and two deadlines. Also: what a wrong predictor costs, and what makes up for it:
-margins, or planning again after every epoch. Family and solvers were tuned on seed 0,
-which is not used here, except that multipliers were refined after a look at the largest
-size of seed 1.
+losses and two deadlines. Family and solvers were tuned on seed 0, which is not used
+here, except that multipliers were refined after a look at the largest size of seed 1.
 
 Command: python scripts/pact_study.py --config=configs/pact_study.py
 Seconds: the same with --config=configs/pact_study.py:quick
@@ -30,19 +28,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # Target losses.
     config.losses = (0.8, 0.62)
     # Deadlines between the fastest plan's time (0) and the most frugal one's (1), in
-    # the logarithm; the first is also planned with wrong predictors.
+    # the logarithm.
     config.deadlines = (0.4, 0.8)
+    config.solvers = ("bucket", "grid", "cost_scaled", "labels")
     # Processor seconds that labels may take.
     config.labels_s = 4.0
     # Partial plans after which grid and cost_scaled give up.
     config.limit_labels = 1 << 22
-    # Only for this seed of the first size: plans at fixed resolutions and with wrong
-    # predictors.
+    # Only for this seed of the first size: plans at fixed resolutions.
     config.deep_seed = 1
-    # Relative errors of the predictor, seeds of them, and a margin of the loss target.
-    config.errors = (0.0, 0.05, 0.1, 0.2)
-    config.error_seeds = (1, 2)
-    config.margin = 0.05
     # The problem whose whole frontier is recorded.
     config.frontier = ("tiers", 3, 5, 48, 1)
     if arg == "quick":
@@ -50,7 +44,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.sizes = ((2, 3, 12),)
         config.seeds = ((1,),)
         config.losses = (0.8,)
-        config.errors = (0.0, 0.1)
-        config.error_seeds = (1,)
+        config.solvers = ("bucket", "labels")
         config.frontier = ("tiers", 2, 3, 12, 1)
     return config

@@ -21,22 +21,9 @@ from pact_driver import Record, planned
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gcjax import pact, report  # noqa: E402
-from gcjax.pact import horizon, outcomes  # noqa: E402
+from gcjax.pact import outcomes  # noqa: E402
 
-SOLVERS = ("bucket", "grid", "cost_scaled", "labels")
 BINS = (64, 512, 4096)
-# What is done about a predictor that errs, in the order of the table.
-REMEDIES = (
-    "none",
-    "loss target lowered",
-    "margin from the error",
-    "the same, stopped when met",
-    "re-planned each epoch",
-    "re-fitted and re-planned",
-    "margin from the error, re-planned",
-)
-_PROOF_S = 1.0  # processor time to look for the fastest plan where none was found
-_NOISE = 0.01  # relative, that re-fitting reckons with in a measured loss
 
 
 def measure(config, identity: Record) -> Record:
@@ -51,9 +38,6 @@ def measure(config, identity: Record) -> Record:
             case["resolution"] = {
                 bins: planned(aimed, at=(bins, 4))[0]["joules"] for bins in BINS
             }
-        if deep and target.endswith(f" {config.deadlines[0]:g}"):
-            best_j = min(p["joules"] for p in case["plans"].values() if p["joules"])
-            case["mistaken"] = mistaken(aimed, config, best_j)
         record["cases"][target] = case
     if tuple(config.frontier) == (identity["kind"], *size, seed):
         record["frontier"] = _surface(problem, config)
@@ -67,7 +51,7 @@ def planned_by_all(problem: pact.Problem, config) -> Record:
         "deadline_s": problem.deadline_s,
         "plans": {},
     }
-    for solver in SOLVERS:
+    for solver in config.solvers:
         limit = config.labels_s if solver == "labels" else 60.0
         limits = dict(limit_s=limit, limit_labels=config.limit_labels)
         record["plans"][solver], best = planned(problem, solver, **limits)
@@ -91,70 +75,6 @@ def runs_of(plan: pact.Plan) -> list[list]:
         group = list(same)
         found.append([*what, len(group), *group[-1][4:]])
     return found
-
-
-def mistaken(problem: pact.Problem, config, best_j: float) -> list[Record]:
-    """What wrong predictors lead to, with each remedy."""
-    found = []
-    for error, seed in itertools.product(config.errors, config.error_seeds):
-        if not error and seed != config.error_seeds[0]:
-            continue
-        believed = pact.perturbed(problem, error, seed)
-        for remedy, done in remedied(problem, believed, error, config.margin).items():
-            case = {"error": error, "remedy": remedy, "seed": seed}
-            case |= {"loss": None} if done is None else outcome(problem, done, best_j)
-            found.append(case)
-    return found
-
-
-def outcome(problem: pact.Problem, done: pact.Plan, best_j: float) -> Record:
-    """What became of the target, and at what price."""
-    return {
-        "loss": done.loss,
-        "met": pact.feasible(problem, done),
-        "ratio": done.joules / best_j,
-    }
-
-
-def remedied(
-    real: pact.Problem, believed: pact.Problem, error: float, margin: float
-) -> dict[str, pact.Plan | None]:
-    """What is really done with each remedy; None where there was no plan to begin with.
-
-    Args:
-      real: The problem with the curves that training follows.
-      believed: The same with those that plans are made with.
-      error: That the predictor is known to have, relative.
-      margin: By which the loss target is lowered, relative, in the second row.
-    """
-    lowered = believed.with_target(max_loss=believed.max_loss * (1 - margin))
-    careful, withstood = pact.widest(believed, error, _PROOF_S)
-    sure = pact.cautious(believed, withstood)
-    noise = {v.name: _NOISE for v in real.versions}
-    ahead = {
-        "re-planned each epoch": lambda _: [believed],
-        "re-fitted and re-planned": lambda seen: [
-            horizon.refitted(believed, seen, noise),
-            believed,
-        ],
-        "margin from the error, re-planned": lambda _: [sure, believed],
-    }
-    once = {
-        "none": pact.attempt(believed, _PROOF_S),
-        "loss target lowered": pact.attempt(lowered, _PROOF_S),
-        "margin from the error": careful,
-    }
-    done = {name: plan and carried_out(real, plan) for name, plan in once.items()}
-    done["the same, stopped when met"] = careful and pact.until_met(real, careful)
-    for name, candidates in ahead.items():
-        done[name] = pact.follow(real, candidates, _PROOF_S)[0]
-    return done
-
-
-def carried_out(real: pact.Problem, plan: pact.Plan) -> pact.Plan:
-    """A whole plan with other curves."""
-    tables = pact.tabulate(real)
-    return pact.replay(real, pact.choices_of(real, plan.steps, tables), tables)
 
 
 def _surface(problem: pact.Problem, config) -> Record:
@@ -200,17 +120,6 @@ def text(problems: list[Record]) -> list[str]:
         "Best plans known, the optimum where it was proved. Compressed at the start: "
         "before the first epoch. Switched: between two epochs, at least once.",
         report.markdown(_switching(cases)),
-        "## Wrong predictors",
-        "Curves and jumps off by factors drawn from 1 +- the error; plans are carried "
-        "out with the right curves. Energy is over that of the best plan with the "
-        "right predictor, and below 1 only where the loss is missed. Remedies: the "
-        "loss target lowered by 5 %; a margin from the error, that is curves at the "
-        "unfavourable end of what the error allows, or as near to it as the target "
-        "leaves a plan; planning anew from the measured loss after every epoch, with "
-        "the curves as they were, fitted again to what was seen, or with that margin. "
-        "Stopped when met, and re-planned: training ends as soon as the loss is "
-        "down at the target.",
-        report.markdown(_mistakes(cases)),
     ]
 
 
@@ -228,7 +137,7 @@ def _solvers(cases: list[Record]) -> list[list[str]]:
             "max",
         ]
     ]
-    return table + [_row(name, cases) for name in (*SOLVERS, *pact.BASELINES)]
+    return table + [_row(name, cases) for name in cases[0]["plans"]]
 
 
 def _row(name: str, cases: list[Record]) -> list[str]:
@@ -250,8 +159,8 @@ def _row(name: str, cases: list[Record]) -> list[str]:
 def _unfinished(cases: list[Record]) -> list[str]:
     """What the solvers that gave up said; and whose plan is not their own."""
     lines = []
-    for case, name in itertools.product(cases, SOLVERS):
-        plan = case["plans"][name]
+    for case, name in itertools.product(cases, pact.SOLVERS):
+        plan = case["plans"].get(name, {})
         where = f"{case['kind']}, {pact_driver.size_of(case)}, seed {case['seed']}, "
         where += f"loss {case['max_loss']:g} in {case['deadline_s']:.3g} s"
         if plan.get("gave_up"):
@@ -294,43 +203,6 @@ def _switching(cases: list[Record]) -> list[list[str]]:
                 f"{sum(s['at_start'] for s in found)}",
                 f"{sum(s['later'] > 0 for s in found)}",
                 f"{np.median([s['clusters'] for s in found]):g}",
-            ]
-        )
-    return table
-
-
-def _mistakes(cases: list[Record]) -> list[list[str]]:
-    table = [
-        [
-            "error",
-            "remedy",
-            "target met",
-            "of those with a plan",
-            "worst overshoot of the loss",
-            "mean excess energy, those that met",
-            "max",
-            "of all",
-        ]
-    ]
-    rows = [m | {"goal": c["max_loss"]} for c in cases for m in c.get("mistaken", [])]
-    for error, remedy in itertools.product(
-        sorted({m["error"] for m in rows}), REMEDIES
-    ):
-        same = [m for m in rows if (m["error"], m["remedy"]) == (error, remedy)]
-        made = [m for m in same if m["loss"] is not None]
-        met = [100 * (m["ratio"] - 1) for m in made if m["met"]]
-        over = max([0.0, *(m["loss"] / m["goal"] - 1 for m in made)])
-        every = [100 * (m["ratio"] - 1) for m in made]
-        table.append(
-            [
-                f"{100 * error:g} %",
-                remedy,
-                f"{len(met)}/{len(same)} ({100 * len(met) / len(same):.0f} %)",
-                f"{len(met)}/{len(made)}",
-                _percent(over),
-                f"{np.mean(met):.1f} %" if met else "",
-                f"{max(met):.1f} %" if met else "",
-                f"{np.mean(every):.1f} %" if every else "",
             ]
         )
     return table

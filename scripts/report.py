@@ -15,6 +15,7 @@ import bench_network  # noqa: E402
 import bench_time_to_accuracy  # noqa: E402
 import bench_uploads  # noqa: E402
 import pact_driver  # noqa: E402
+import pact_errors  # noqa: E402
 import pact_joint  # noqa: E402
 import pact_scaling  # noqa: E402
 import pact_study  # noqa: E402
@@ -30,8 +31,8 @@ def main() -> None:
     others = (study, bench_codecs, bench_network, bench_time_to_accuracy)
     for other in (*others, bench_uploads, outcomes):
         written += other.write_report(runs, out)
-    for study_of_plans in (pact_study.STUDY, pact_joint.STUDY, pact_scaling.STUDY):
-        written += pact_driver.write_report(study_of_plans, runs, out)
+    for script in (pact_study, pact_errors, pact_joint, pact_scaling):
+        written += pact_driver.write_report(script.STUDY, runs, out)
     for path in written:
         print(path)
 
