@@ -106,9 +106,9 @@ def text(problems: list[Record]) -> list[str]:
     return [
         "# PACT: solvers and baselines",
         f"{len(cases)} cases (problem, target), {len(large)} of them with at least 4 "
-        "versions and 12 clusters. Run: grid and cost_scaled were not run in all "
-        "cases. Finished: found a plan or proved that there is none, and did not give "
-        "up. Excess is energy above the optimum, in the "
+        "versions and 12 clusters. Run: in how many of them; some solvers take long. "
+        "Finished: found a plan or proved that there is none, and did not give up. "
+        "Excess is energy above the optimum, in the "
         f"{len(proved)} cases where exact labels proved it in time; elsewhere, in the "
         "next two columns, above the proved lower bound, so that the truth is lower. "
         "Times are processor seconds of one core, with compilation, or its cache on "
