@@ -321,15 +321,16 @@ def test_a_missed_target_is_told(profiled, tmp_path, monkeypatch):
     """Where no plan is left: the best epochs in time, until none is."""
     plans = [3, 0, 1, 0, 0]  # epochs at the gateway that each search finds
 
-    def plan(problem, **options):
+    def plan(problem, limit_s):
         if not (epochs := plans.pop(0)):
-            raise pact.NoneFoundError("none is left")
+            return None
         tables = pact.tabulate(problem)
         at_gateway = (tables.destination == 1) & (tables.fraction == 1.0)
         choices = [(1, int(np.flatnonzero(at_gateway)[0]))] * epochs
         return pact.replay(problem, choices, tables)
 
-    monkeypatch.setattr(execution, "least_energy", plan)
+    monkeypatch.setattr(execution, "attempt", plan)
+    monkeypatch.setattr(horizon, "attempt", plan)
     config = alone(quick(profile=str(profiled), max_loss=0.9, deadline_s=2.0))
     config.max_epochs = 3
     run = execution.execute(config, "plan", tmp_path)

@@ -40,15 +40,9 @@ from gcjax.pact import compressors, profiling, training
 from gcjax.pact.baselines import BASELINES
 from gcjax.pact.compressors import Costs, ModelCompressor, Params
 from gcjax.pact.horizon import History, Standing, next_step, refitted
-from gcjax.pact.planning import plan as least_energy
+from gcjax.pact.planning import attempt
 from gcjax.pact.problem import Cluster, Problem
-from gcjax.pact.schedule import (
-    InfeasibleError,
-    NoneFoundError,
-    Plan,
-    Step,
-    action_of,
-)
+from gcjax.pact.schedule import Plan, Step, action_of
 from gcjax.pact.tables import (
     Work,
     epoch_cost,
@@ -194,10 +188,7 @@ def _given(config, trainer: Trainer, params: Params) -> tuple[Params, np.ndarray
 def _first_plan(problem: Problem, method: str) -> Plan | None:
     if method != PLAN:
         return BASELINES[method](problem)
-    try:
-        return least_energy(problem, limit_s=_PROOF_S)
-    except (InfeasibleError, NoneFoundError):
-        return None
+    return attempt(problem, _PROOF_S)
 
 
 def _next(
