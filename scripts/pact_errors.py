@@ -109,7 +109,8 @@ def text(problems: list[Record]) -> list[str]:
     return [
         "# PACT: predictors that err",
         f"{len(cases)} cases (problem, target). Curves and jumps are off by factors "
-        "drawn from 1 +- the error, and plans are carried out with the right ones, in "
+        "drawn from 1 +- the error with the problem's seed, so that problems with the "
+        "same seed share them. Plans are carried out with the right ones, in "
         "simulation. Deadlines are met always, as times do not depend on losses. "
         "Energy is over that of the default planner's plan with the right predictor; "
         "it can be below only where the loss is missed, or within the planner's own "
