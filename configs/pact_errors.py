@@ -11,7 +11,7 @@ Table and figure: python scripts/pact_errors.py --report
 Expected: half of the plans miss the loss without a remedy at an error of 20 %, none with
 re-planning; what was measured is in results/tables/pact_errors.md. Recorded so far are
 seed 1 but for "skewed", and, for the higher loss and errors above 0 alone, seed 2 but
-for "slow storage" and one problem of seed 3, if at all.
+for "slow storage", and "tiers" with seed 3.
 Time: a minute or two of one CPU core for each problem.
 """
 
