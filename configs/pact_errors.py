@@ -8,7 +8,7 @@ gcjax/pact/horizon.py.
 Command: python scripts/pact_errors.py --config=configs/pact_errors.py
 Seconds: the same with --config=configs/pact_errors.py:quick
 Table and figure: python scripts/pact_errors.py --report
-Expected: half of the plans miss the loss without a remedy at an error of 20 %, none with
+Expected: half the plans miss the loss without a remedy at an error of 20 %, none with
 re-planning; what was measured is in results/tables/pact_errors.md. Recorded so far are
 seed 1 but for "skewed", and, for the higher loss and errors above 0 alone, seed 2 but
 for "slow storage", and "tiers" with seed 3.
