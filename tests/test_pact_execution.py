@@ -11,7 +11,15 @@ import optax
 import pytest
 
 from gcjax import experiment, pact, report, results, train
-from gcjax.pact import compressors, execution, outcomes, predictor, profiling, training
+from gcjax.pact import (
+    compressors,
+    execution,
+    horizon,
+    outcomes,
+    predictor,
+    profiling,
+    training,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = report.load_config_file(ROOT / "configs" / "pact_fashion.py")
@@ -313,15 +321,16 @@ def test_a_missed_target_is_told(profiled, tmp_path, monkeypatch):
     """Where no plan is left: the best epochs in time, until none is."""
     plans = [3, 0, 1, 0, 0]  # epochs at the gateway that each search finds
 
-    def plan(problem, **options):
+    def plan(problem, limit_s):
         if not (epochs := plans.pop(0)):
-            raise pact.NoneFoundError("none is left")
+            return None
         tables = pact.tabulate(problem)
         at_gateway = (tables.destination == 1) & (tables.fraction == 1.0)
         choices = [(1, int(np.flatnonzero(at_gateway)[0]))] * epochs
         return pact.replay(problem, choices, tables)
 
-    monkeypatch.setattr(execution, "least_energy", plan)
+    monkeypatch.setattr(execution, "attempt", plan)
+    monkeypatch.setattr(horizon, "attempt", plan)
     config = alone(quick(profile=str(profiled), max_loss=0.9, deadline_s=2.0))
     config.max_epochs = 3
     run = execution.execute(config, "plan", tmp_path)
@@ -365,10 +374,10 @@ def test_least_loss_is_the_best_epoch_in_time(profiled):
             for a in np.flatnonzero(tables.possible[m, 0]).tolist():
                 plans.append(pact.replay(eased, [(m, a)], tables))
         plans = [p for p in plans if p.seconds <= deadline]
-        found = execution.least_loss(eased)
+        found = horizon.least_loss(eased)
         assert found.loss == min(p.loss for p in plans)
         assert found.seconds <= deadline
-    assert execution.least_loss(problem.with_target(deadline_s=1e-6)) is None
+    assert horizon.least_loss(problem.with_target(deadline_s=1e-6)) is None
     config.shares = (1.0, 0.5)
     with pytest.raises(ValueError, match="profile again"):
         profiling.problem(config, record, histograms, 2.0)
