@@ -22,6 +22,9 @@ import pact_plan  # noqa: E402
 import pact_scaling  # noqa: E402
 import pact_study  # noqa: E402
 
+# Planning takes longer without optimisations.
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.mark.parametrize("name", pact.BASELINES)
 def test_baselines_are_feasible_and_never_below_the_optimum(name):

@@ -10,6 +10,9 @@ from pact_cases import small
 from gcjax import pact
 from gcjax.pact import bucket, cells, exact, graph, scaled
 
+# Planning takes longer without optimisations.
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @functools.cache
 def problems():

@@ -9,6 +9,9 @@ from pact_cases import small
 from gcjax import pact
 from gcjax.pact import exact, graph
 
+# Planning takes longer without optimisations.
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def optimum(problem, filtered=True):
     """Joules of labels without the bucket's help; None where infeasible is proved."""

@@ -10,6 +10,9 @@ from pact_cases import small
 from gcjax import pact
 from gcjax.pact import exact, horizon
 
+# Planning takes longer without optimisations.
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SEEDS = range(3000, 3030)
 
 
