@@ -92,7 +92,8 @@ SLOW = ("qsgd adaptive", "qsgd ring adaptive")
     ],
 )
 def test_vmap_equals_shard_map(name, mesh, request):
-    if name in BIT_EQUAL:
+    # Where half a unit in the last place more is another code, or bits must be equal.
+    if name in BIT_EQUAL or "qsgd" in name:
         request.getfixturevalue("optimised")
     params = tree()
     runs = []

@@ -22,9 +22,6 @@ import pact_plan  # noqa: E402
 import pact_scaling  # noqa: E402
 import pact_study  # noqa: E402
 
-# Planning takes longer without optimisations.
-pytestmark = pytest.mark.usefixtures("optimised")
-
 
 @pytest.mark.parametrize("name", pact.BASELINES)
 def test_baselines_are_feasible_and_never_below_the_optimum(name):
@@ -97,9 +94,7 @@ def test_choices_of_a_plan_replay_to_the_plan():
         pact_scaling,
     ],
 )
-def test_quick_studies_make_records_tables_and_figures(
-    script, tmp_path, fast_compilation
-):
+def test_quick_studies_make_records_tables_and_figures(script, tmp_path):
     study, runs = script.STUDY, tmp_path / "runs"
     config = report.load_config_file(ROOT / "configs" / f"{study.name}.py")
     config = config.get_config("quick")
