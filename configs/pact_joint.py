@@ -24,9 +24,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         raise ValueError(f"the config's argument can be 'quick', got {arg!r}")
     config = ml_collections.ConfigDict()
     config.kinds = ("cooperative",)
-    # (versions, clusters, epochs) of each size.
+    # (versions, clusters, epochs) of each size, and its seeds.
     config.sizes = ((3, 12, 40),)
-    config.seeds = (1, 2, 3, 4, 5, 6)
+    config.seeds = ((1, 2, 3, 4, 5, 6),)
     # Target losses, and deadlines between the fastest plan's time (0) and the most
     # frugal one's (1), in the logarithm.
     config.losses = (0.8, 0.62)
@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg == "quick":
         config.kinds = ("cooperative",)
         config.sizes = ((2, 4, 12),)
-        config.seeds = (1,)
+        config.seeds = ((1,),)
         config.losses = (0.8,)
         config.deadlines = (0.4,)
     return config

@@ -56,6 +56,15 @@ def new_record(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]
         # Without the data's place: paths of a machine are not to be committed.
         "config": json.loads(config.to_json()) | {"methods": [method], "data_dir": ""},
         "config_hash": config_hash(config, method),
+        **provenance(),
+        "series": {},
+        "final": {},
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """With what, where and when a record is made: its code, versions and device."""
+    return {
         "git": _git(),
         "versions": {
             "python": platform.python_version(),
@@ -66,8 +75,6 @@ def new_record(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]
         },
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} host cores",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "series": {},
-        "final": {},
     }
 
 

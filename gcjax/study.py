@@ -332,7 +332,9 @@ def correlations(group: Group, target: float, mean_ratio: float):
     points = []
     for method, runs in group.items():
         fixed = rf"(uniform|dagc_r|power_rule)\({mean_ratio}\b.*\)"
-        if not re.fullmatch(fixed, method) or _options(runs[0]):
+        # Entries that are chosen in each layer are another compressor's.
+        is_fixed = re.fullmatch(fixed, method) and "per_layer" not in method
+        if not is_fixed or _options(runs[0]):
             continue
         need = [iterations(r, target) for r in runs]
         p = np.array(runs[0]["weights"])

@@ -7,42 +7,46 @@ A record for each problem; those that exist are not planned again.
 """
 
 import itertools
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pact_study
-from absl import flags
+import pact_driver
 from matplotlib.figure import Figure
-from ml_collections import config_flags
+from pact_driver import Record, planned
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gcjax import command, pact, report, results  # noqa: E402
+from gcjax import pact, report  # noqa: E402
 from gcjax.pact import graph, proof  # noqa: E402
 
-FOLDER = "bench_pact_scaling"
+
+def aimed(identity: Record, config) -> pact.Problem:
+    """A problem with the study's one target."""
+    problem = pact_driver.problem_of(identity)
+    losses, deadlines = (config.loss,), (config.deadline,)
+    ((_, found),) = pact_driver.targets(problem, losses, deadlines)
+    return found
 
 
-def measure(problem: pact.Problem, config) -> dict[str, Any]:
+def measure(config, identity: Record) -> Record:
     """Plans twice, so that the second time nothing is compiled; and proves bounds."""
-    pact_study.planned(problem)
-    wall = time.perf_counter()
-    found, plan = pact_study.planned(problem)
-    found["wall_s"] = time.perf_counter() - wall
+    problem = aimed(identity, config)
+    planned(problem)
+    found, plan = planned(problem)
+    labels, _ = planned(problem, "labels", limit_s=config.labels_s)
     record = {
         "max_loss": problem.max_loss,
         "deadline_s": problem.deadline_s,
-        "plans": {"bucket": found},
-        "switches": pact_study.switches(problem, plan),
+        "plans": {"bucket": found, "labels": labels},
+        "switches": pact_driver.switches(problem, plan),
         "resolution": {},
         "bounds": {},
     }
-    labels, _ = pact_study.planned(problem, "labels", config.labels_s)
-    record["plans"]["labels"] = labels
+    size = tuple(identity["size"])
+    if size == tuple(config.batch_size) and identity["seed"] == config.batch_seeds[0]:
+        record["batch"] = together(identity, config)
     if len(problem.clusters) > config.resolution_clusters:
         return record
     expanded = graph.build(problem)
@@ -50,72 +54,55 @@ def measure(problem: pact.Problem, config) -> dict[str, Any]:
         estimated = graph.estimate(expanded, bins)
         record["bounds"][bins] = proof.least_joules(expanded, estimated)
     for bins in config.bins:
-        at = pact_study.planned(problem, "bucket", 60.0, (bins, 4))[0]
+        at = planned(problem, at=(bins, 4), limit_s=60.0)[0]
         record["resolution"][bins] = at["joules"]
     return record
 
 
-def run(config, runs: Path) -> None:
-    """Writes the records that are missing."""
-    for size, kind, seed in itertools.product(config.sizes, config.kinds, config.seeds):
-        name = "-".join([results.slug(kind), *map(str, size), f"s{seed}"])
-        path = runs / FOLDER / f"{name}.json"
-        if path.exists():
-            continue
-        problem = pact.scenario(kind, *size, seed)
-        ((_, aimed),) = pact_study.targets(problem, (config.loss,), (config.deadline,))
-        record = {"kind": kind, "size": list(size), "seed": seed}
-        record |= measure(aimed, config)
-        results.write_json(record, path)
-        print(name, record["plans"], record["switches"], flush=True)
+def together(identity: Record, config) -> Record:
+    """Plans of several seeds in one batch, and one by one, all once compiled."""
+    problems = [aimed(identity | {"seed": s}, config) for s in config.batch_seeds]
+    times, joules = {}, {}
+    for name, plans in (
+        ("batch", pact.plan_batch),
+        ("single", lambda problems: [pact.plan(p) for p in problems]),
+    ):
+        plans(problems)  # compiles
+        begun = time.process_time()
+        joules[name] = [plan and plan.joules for plan in plans(problems)]
+        times[name] = time.process_time() - begun
+    return {"problems": len(problems), "cpu_s": times, "joules": joules}
 
 
-def write_report(runs: Path, out: Path) -> list[Path]:
-    """Writes tables/pact_scaling.md and figures/pact_scaling.png; returns paths."""
-    paths = sorted((runs / FOLDER).glob("*.json"))
-    if not paths:
-        return []
-    records = [json.loads(p.read_text()) for p in paths]
-    (out / "tables").mkdir(parents=True, exist_ok=True)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    table = out / "tables" / "pact_scaling.md"
-    table.write_text(_report(records))
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    _draw(figure, records)
-    drawn = out / "figures" / "pact_scaling.png"
-    figure.savefig(drawn, dpi=120)
-    return [table, drawn]
-
-
-def _gap(record: dict, joules: float) -> float:
+def _gap(record: Record, joules: float) -> float:
     """Excess in per cent over the optimum, or over the best bound that was proved."""
     plans = record["plans"]
     proved = [*record["bounds"].values(), *(p["lower_bound_j"] for p in plans.values())]
     return 100 * (joules / max(proved) - 1)
 
 
-def _report(records: list[dict]) -> str:
-    largest = max(r["size"] for r in records)
-    of_largest = [r for r in records if r["size"] == largest]
-    parts = [
-        f"<!-- Generated by `python scripts/report.py` from {len(records)} records in "
-        f"results/runs/{FOLDER}; do not edit. -->",
+def text(records: list[Record]) -> list[str]:
+    """Paragraphs of the table's file."""
+    return [
         "# PACT: time and gap of the default planner against size",
         "One target for each problem. Processor seconds of one core, once compiled. "
         "Gap: excess energy over the highest bound that was proved, which is the "
         "optimum where exact labels ended in time.",
         report.markdown(_by_size(records)),
-        f"## Each problem of {' x '.join(map(str, largest))}",
-        report.markdown(_each(of_largest)),
+        "## Each problem",
+        report.markdown(_each(records)),
+        "## Batches",
+        "Problems of one kind, seed after seed, planned in one call of `plan_batch` "
+        "and one by one, both once compiled.",
+        report.markdown(_batches(records)),
         "## Resolution",
         "Plans at a fixed number of bins of progress (and 4 of time), and the bound "
         "that is proved from an estimate on as many points of progress.",
         report.markdown(_resolutions(records)),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
-def _by_size(records: list[dict]) -> list[list[str]]:
+def _by_size(records: list[Record]) -> list[list[str]]:
     table = [
         [
             "versions x clusters x epochs",
@@ -125,7 +112,6 @@ def _by_size(records: list[dict]) -> list[list[str]]:
             "max",
             "median CPU s",
             "max",
-            "max wall s",
         ]
     ]
     for size, same in _grouped(records):
@@ -134,41 +120,52 @@ def _by_size(records: list[dict]) -> list[list[str]]:
         times = [p["cpu_s"] for p in plans]
         table.append(
             [
-                " x ".join(map(str, size)),
+                pact_driver.size_of({"size": size}),
                 str(len(same)),
                 str(sum(_proved(r) for r in same)),
                 f"{np.mean(gaps):.2f}",
                 f"{max(gaps):.2f}",
                 f"{np.median(times):.2f}",
                 f"{max(times):.2f}",
-                f"{max(p['wall_s'] for p in plans):.2f}",
             ]
         )
     return table
 
 
-def _proved(record: dict) -> bool:
-    return pact_study.reference(record["plans"])[1]
+def _proved(record: Record) -> bool:
+    return pact_driver.reference(record["plans"])[1]
 
 
-def _grouped(records: list[dict]):
+def _grouped(records: list[Record]):
     key = lambda r: (np.prod(r["size"]), r["size"])
     for (_, size), same in itertools.groupby(sorted(records, key=key), key):
         yield size, list(same)
 
 
-def _each(records: list[dict]) -> list[list[str]]:
+def _each(records: list[Record]) -> list[list[str]]:
     table = [
-        ["kind", "seed", "epochs", "versions switched", "gap, %", "CPU s", "labels"]
+        [
+            "versions x clusters x epochs",
+            "kind",
+            "seed",
+            "epochs",
+            "versions switched",
+            "optimum proved",
+            "gap, %",
+            "CPU s",
+            "labels",
+        ]
     ]
-    for r in records:
+    for r in itertools.chain(*(same for _, same in _grouped(records))):
         plan = r["plans"]["bucket"]
         table.append(
             [
+                pact_driver.size_of(r),
                 r["kind"],
                 str(r["seed"]),
                 str(plan["epochs"]),
                 str(r["switches"]["at_start"] + r["switches"]["later"]),
+                "yes" if _proved(r) else "no",
                 f"{_gap(r, plan['joules']):.2f}",
                 f"{plan['cpu_s']:.2f}",
                 str(plan["labels"]),
@@ -177,7 +174,42 @@ def _each(records: list[dict]) -> list[list[str]]:
     return table
 
 
-def _resolutions(records: list[dict]) -> list[list[str]]:
+def _batches(records: list[Record]) -> list[list[str]]:
+    table = [
+        [
+            "versions x clusters x epochs",
+            "kind",
+            "problems",
+            "batch, CPU s",
+            "one by one",
+            "batch over one by one",
+            "plans found",
+            "energy over one by one, mean",
+            "max",
+        ]
+    ]
+    for r in (r for r in records if "batch" in r):
+        batch, single = (r["batch"]["cpu_s"][k] for k in ("batch", "single"))
+        joules = r["batch"]["joules"]
+        pairs = zip(joules["batch"], joules["single"], strict=True)
+        over = [a / b for a, b in pairs if a]
+        table.append(
+            [
+                pact_driver.size_of(r),
+                r["kind"],
+                str(r["batch"]["problems"]),
+                f"{batch:.2f}",
+                f"{single:.2f}",
+                f"{batch / single:.2f}",
+                str(len(over)),
+                f"{np.mean(over):.4f}",
+                f"{max(over):.4f}",
+            ]
+        )
+    return table
+
+
+def _resolutions(records: list[Record]) -> list[list[str]]:
     bins = sorted({int(b) for r in records for b in (*r["resolution"], *r["bounds"])})
     table = [
         [
@@ -205,8 +237,9 @@ def _resolutions(records: list[dict]) -> list[list[str]]:
     return table
 
 
-def _draw(figure: Figure, records: list[dict]) -> None:
+def _draw(figure: Figure, records: list[Record]) -> None:
     """Time and gap against versions x clusters x epochs; gap against resolution."""
+    figure.set_size_inches(11, 3.6)
     left, middle, right = figure.subplots(1, 3)
     for kind in dict.fromkeys(r["kind"] for r in records):
         same = [r for r in records if r["kind"] == kind]
@@ -239,19 +272,8 @@ def _draw(figure: Figure, records: list[dict]) -> None:
         ax.grid(alpha=0.3)
 
 
-def main() -> None:
-    """Measures what is missing, and writes table and figure."""
-    out = Path(flags.FLAGS.out)
-    if not flags.FLAGS.report:
-        run(CONFIG.value, out / "runs")
-    for path in write_report(out / "runs", out):
-        print(path)
+STUDY = pact_driver.Study("pact_scaling", measure, text, {"pact_scaling": _draw})
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file(
-        "config", "configs/pact_scaling.py", "The family of problems."
-    )
-    flags.DEFINE_string("out", "results", "Folder of results.")
-    flags.DEFINE_bool("report", False, "Only write table and figure from records.")
-    command.run(main)
+    pact_driver.start(STUDY)

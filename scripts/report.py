@@ -14,6 +14,8 @@ import bench_codecs  # noqa: E402
 import bench_network  # noqa: E402
 import bench_time_to_accuracy  # noqa: E402
 import bench_uploads  # noqa: E402
+import pact_driver  # noqa: E402
+import pact_errors  # noqa: E402
 import pact_joint  # noqa: E402
 import pact_scaling  # noqa: E402
 import pact_study  # noqa: E402
@@ -27,9 +29,10 @@ def main() -> None:
     runs, out = Path(flags.FLAGS.runs), Path(flags.FLAGS.out)
     written = report.tables(runs, out) + report.figures(runs, out)
     others = (study, bench_codecs, bench_network, bench_time_to_accuracy)
-    planned = pact_study, pact_joint, pact_scaling, outcomes
-    for other in (*others, bench_uploads, *planned):
+    for other in (*others, bench_uploads, outcomes):
         written += other.write_report(runs, out)
+    for script in (pact_study, pact_errors, pact_joint, pact_scaling):
+        written += pact_driver.write_report(script.STUDY, runs, out)
     for path in written:
         print(path)
 

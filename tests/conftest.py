@@ -4,6 +4,10 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tests compile much and compute little. Where two programs must agree to the last bit,
+# or rounding counts, use the fixture `optimised`; runs in processes of their own, the
+# quickstart among them, are optimised as users' are.
+jax.config.update("jax_disable_most_optimizations", True)
 
 from collections.abc import Callable  # noqa: E402
 from typing import Any, NamedTuple  # noqa: E402
@@ -26,11 +30,11 @@ def mesh():
 
 
 @pytest.fixture
-def fast_compilation():
-    """For tests that compile much and compute little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised():
+    """Programs as users compile them."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def tree(scale: float = 1.0, seed: int = 0, workers: int | None = None) -> dict:

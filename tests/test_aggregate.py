@@ -15,13 +15,17 @@ from jax.sharding import PartitionSpec as P
 import gcjax
 
 
-def adaptive_top_k(densities=(0.001, 0.003, 0.01, 0.03), default=0.01, **options):
+def adaptive_top_k(densities=(0.003, 0.01, 0.03), default=0.01, spacing=2.0, **options):
     """A short ladder with few lengths, which compiles quickly."""
     return gcjax.adapt(
-        gcjax.compressed_mean(gcjax.top_k(densities), spacing=1.4, **options),
+        gcjax.compressed_mean(gcjax.top_k(densities), spacing=spacing, **options),
         gcjax.lgreco(default, solver="dp"),
         every=2,
     )
+
+
+# For what another case, which always runs, shows nearly as well.
+slow = lambda case: pytest.param(case, marks=pytest.mark.slow)
 
 
 def grads(step: int = 0, scale: float = 1.0):
@@ -46,8 +50,9 @@ def test_identical_workers_give_one_workers_result():
     make = lambda: gcjax.compressed_mean(gcjax.top_k(0.05))
     many = trainer(make(), tree())
     mean, _ = many.update(many.init(tree()), identical())
-    one = jax.vmap(make().init, in_axes=None, axis_size=1, axis_name="workers")(tree())
-    alone, _ = jax.vmap(make().update, axis_name="workers")(
+    over = dict(axis_size=1, axis_name="workers")
+    one = jax.jit(jax.vmap(make().init, in_axes=None, **over))(tree())
+    alone, _ = jax.jit(jax.vmap(make().update, **over))(
         jax.tree.map(lambda g: g[:1], identical()), one
     )
     jax.tree.map(
@@ -117,7 +122,8 @@ def test_declared_bits_are_the_compiled_collectives(name, mesh):
 
 
 def test_declared_bits_of_every_capacity_are_in_the_compiled_program(mesh):
-    run = trainer(adaptive_top_k(), tree(), mesh)
+    made = adaptive_top_k((0.001, 0.003, 0.01, 0.03), spacing=1.4)
+    run = trainer(made, tree(), mesh)
     state = run.init(tree())
     found = compiled_words(run, state, grads())
     assert len(found["all-gather"]) > 5
@@ -128,9 +134,9 @@ def test_declared_bits_of_every_capacity_are_in_the_compiled_program(mesh):
         assert int(info(state).words.gathered) in found["all-gather"]
 
 
-@pytest.mark.parametrize("where", ["vmap", "shard_map"])
+@pytest.mark.parametrize("where", [slow("vmap"), "shard_map"])
 def test_one_compilation_over_twenty_selections_with_bytes_that_follow(where, mesh):
-    made = adaptive_top_k((0.005, 0.01, 0.02, 0.05, 0.1), default=0.05)
+    made = adaptive_top_k((0.005, 0.01, 0.02, 0.05, 0.1), default=0.05, spacing=1.4)
     run = trainer(made, tree(), mesh if where == "shard_map" else None)
     state, sent, levels = run.init(tree()), set(), set()
     batch = grads()  # made before the count starts
@@ -249,7 +255,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-@pytest.mark.parametrize("where", ["vmap", "shard_map"])
+@pytest.mark.parametrize("where", ["vmap", slow("shard_map")])
 def test_inside_optax_wrappers(name, where, mesh):
     run = trainer(WRAPPED[name](), tree(), mesh if where == "shard_map" else None)
     state = run.init(tree())
@@ -469,7 +475,7 @@ class MiddleIsFree:
         return 0.0
 
 
-@pytest.mark.parametrize("where", ["vmap", "shard_map"])
+@pytest.mark.parametrize("where", ["vmap", slow("shard_map")])
 def test_a_layer_may_travel_uncompressed(where, mesh):
     aggregator = gcjax.adapt(
         gcjax.compressed_mean(gcjax.top_k((0.003, 0.01, 0.03)), spacing=2.0),

@@ -70,7 +70,6 @@ def test_sweep_parses(name):
 
 
 @pytest.mark.parametrize("config, method", adaptive_runs())
-@pytest.mark.usefixtures("fast_compilation")
 @jax.numpy_dtype_promotion("standard")  # optax's schedules mix types
 def test_quick_variant_takes_a_step(config, method):
     # Few lengths of the message buffer: most of the time is compilation.

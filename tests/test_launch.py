@@ -111,13 +111,8 @@ def simulated(workdir, num_workers, **fields):
     """The same run with simulated workers in this process."""
     config = quickstart.get_config()
     config.update(FIELDS | {"num_workers": num_workers} | fields)
-    quick = "jax_disable_most_optimizations"  # as in the launched processes
-    jax.config.update(quick, True)
-    try:
-        with jax.numpy_dtype_promotion("standard"):
-            return train.train(config, config.methods[0], workdir)
-    finally:
-        jax.config.update(quick, False)
+    with jax.numpy_dtype_promotion("standard"):
+        return train.train(config, config.methods[0], workdir)
 
 
 def same_to_rounding(a, b):
@@ -145,19 +140,26 @@ def test_processes_give_what_simulation_gives(undisturbed, tmp_path):
     assert record["final"]["total_bits"] == expected["final"]["total_bits"]
 
 
-def test_killed_ranks_are_named_and_the_run_continues(undisturbed, tmp_path):
-    """First a worker is killed, later rank 0, which is the coordinator."""
+@pytest.mark.parametrize(
+    ("rank", "line"),
+    [
+        pytest.param(0, 25, id="coordinator"),
+        pytest.param(1, 15, id="worker", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_rank_is_named_and_the_run_continues(
+    undisturbed, tmp_path, rank, line
+):
     command = training(tmp_path, 2)
-    for rank, line in ((1, 15), (0, 35)):
-        launcher = launched(2, command)
-        until(lambda line=line: len(lines(tmp_path)) >= line)
-        pids = [pid_of(launcher, r) for r in (0, 1)]
-        os.kill(pids[rank], signal.SIGKILL)
-        output, status = finished(launcher, seconds=60)
-        assert status == 128 + signal.SIGKILL, output
-        assert f"rank {rank} was killed by SIGKILL; ending the 1 others" in output
-        assert not any(map(is_running, pids))
-        assert line <= len(lines(tmp_path)) < FIELDS["steps"], "killed after its end"
+    launcher = launched(2, command)
+    until(lambda: len(lines(tmp_path)) >= line)
+    pids = [pid_of(launcher, r) for r in (0, 1)]
+    os.kill(pids[rank], signal.SIGKILL)
+    output, status = finished(launcher, seconds=60)
+    assert status == 128 + signal.SIGKILL, output
+    assert f"rank {rank} was killed by SIGKILL; ending the 1 others" in output
+    assert not any(map(is_running, pids))
+    assert line <= len(lines(tmp_path)) < FIELDS["steps"], "killed after its end"
     output, status = finished(launched(2, command))
     assert status == 0, output
     assert lines(tmp_path) == lines(undisturbed)
@@ -169,22 +171,32 @@ def test_killed_ranks_are_named_and_the_run_continues(undisturbed, tmp_path):
     assert resumed["final"] == whole["final"]
 
 
-def test_four_processes_continue_as_two(tmp_path):
-    """Errors are folded, as when simulated workers read the same checkpoint."""
-    four, two = tmp_path / "four", tmp_path / "two"
-    fields = {"methods": ("uniform(0.01)",), "aggregator": "compressed_mean(top_k())"}
-    command = training(four, 4, steps=10, **fields)
-    output, status = finished(launched(4, command))
+def continued(workdir, tmp_path, processes, **fields):
+    """Fewer processes go on with a run, as simulated workers do."""
+    fewer, alone = tmp_path / "fewer", tmp_path / "alone"
+    shutil.copytree(workdir, fewer)
+    shutil.copytree(workdir, alone)
+    output, status = finished(launched(processes, training(fewer, processes, **fields)))
     assert status == 0, output
-    shutil.copytree(four, two)
-    command = training(two, 2, steps=20, **fields)
-    output, status = finished(launched(2, command))
-    assert status == 0, output
-    assert output.count("has 4 workers, this run 2") == 1
-    expected = simulated(four, 2, steps=20, **fields)
-    record = json.loads((two / "record.json").read_text())
-    assert record["final"]["steps"] == 20
+    assert output.count(f"has {2 * processes} workers, this run {processes}") == 1
+    expected = simulated(alone, processes, **fields)
+    record = json.loads((fewer / "record.json").read_text())
+    assert record["final"]["steps"] == fields["steps"]
     same_to_rounding(record["series"], expected["series"])
+
+
+def test_two_processes_continue_as_one(undisturbed, tmp_path):
+    """Errors are folded, as when simulated workers read the same checkpoint."""
+    continued(undisturbed, tmp_path, 1, steps=70)
+
+
+@pytest.mark.slow
+def test_four_processes_continue_as_two(tmp_path):
+    four = tmp_path / "four"
+    fields = {"methods": ("uniform(0.01)",), "aggregator": "compressed_mean(top_k())"}
+    output, status = finished(launched(4, training(four, 4, steps=10, **fields)))
+    assert status == 0, output
+    continued(four, tmp_path, 2, steps=20, **fields)
 
 
 POISONED = """

@@ -33,7 +33,7 @@ AGGREGATORS = {
     ),
     "qsgd scattered adaptive": lambda: gcjax.adapt(
         gcjax.compressed_mean(
-            gcjax.qsgd((2, 3, 4, 6), 256, rounding="nearest"),
+            gcjax.qsgd((2, 4), 256, rounding="nearest"),
             collective="reduce_scatter",
             spacing=2.0,
         ),
@@ -46,9 +46,7 @@ AGGREGATORS = {
     "power_sgd": lambda: gcjax.power_sgd(2),
     "top_k nearly": lambda: gcjax.compressed_mean(gcjax.top_k(0.05, tolerance=0.1)),
     "top_k adaptive": lambda: gcjax.adapt(
-        gcjax.compressed_mean(
-            gcjax.top_k((0.003, 0.01, 0.03)), spacing=2.0, momentum=0.9
-        ),
+        gcjax.compressed_mean(gcjax.top_k((0.003, 0.01)), spacing=2.0, momentum=0.9),
         gcjax.lgreco(0.01),
         every=2,
         warmup_steps=1,
@@ -61,7 +59,7 @@ AGGREGATORS = {
         every=2,
     ),
     "power_sgd adaptive": lambda: gcjax.adapt(
-        gcjax.power_sgd((1, 2, 4, 8), spacing=2.0), gcjax.lgreco(4), every=2
+        gcjax.power_sgd((1, 4), spacing=2.0), gcjax.lgreco(4), every=2
     ),
 }
 
@@ -93,7 +91,9 @@ SLOW = ("qsgd adaptive", "qsgd ring adaptive")
         for name in AGGREGATORS
     ],
 )
-def test_vmap_equals_shard_map(name, mesh):
+def test_vmap_equals_shard_map(name, mesh, request):
+    if name in BIT_EQUAL:
+        request.getfixturevalue("optimised")
     params = tree()
     runs = []
     for where in (None, mesh):

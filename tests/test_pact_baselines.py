@@ -1,6 +1,7 @@
 """Baselines keep to their rules and are never below the optimum; scripts run."""
 
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -14,10 +15,15 @@ from gcjax.pact import exact
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import pact_driver  # noqa: E402
+import pact_errors  # noqa: E402
 import pact_joint  # noqa: E402
 import pact_plan  # noqa: E402
 import pact_scaling  # noqa: E402
 import pact_study  # noqa: E402
+
+# Planning takes longer without optimisations.
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 @pytest.mark.parametrize("name", pact.BASELINES)
@@ -78,27 +84,39 @@ def test_choices_of_a_plan_replay_to_the_plan():
     problem = pact.from_config(config)
     plan = pact.BASELINES["one switch"](problem)
     tables = pact.tabulate(problem)
-    choices = pact_study.choices_of(problem, tables, plan)
+    choices = pact.choices_of(problem, plan.steps, tables)
     assert pact.replay(problem, choices, tables).steps == plan.steps
 
 
 @pytest.mark.parametrize(
     "script",
-    [pact_study, pytest.param(pact_joint, marks=pytest.mark.slow), pact_scaling],
+    [
+        pact_study,
+        pact_errors,
+        pytest.param(pact_joint, marks=pytest.mark.slow),
+        pact_scaling,
+    ],
 )
-def test_quick_studies_make_records_tables_and_figures(script, tmp_path):
-    path = ROOT / "configs" / f"{script.__name__}.py"
-    config = report.load_config_file(path).get_config("quick")
-    script.run(config, tmp_path / "runs")
-    records = list((tmp_path / "runs" / script.FOLDER).glob("*.json"))
-    assert records
-    before = [p.stat().st_mtime_ns for p in records]
-    script.run(config, tmp_path / "runs")  # nothing is missing
-    assert [p.stat().st_mtime_ns for p in records] == before
-    written = script.write_report(tmp_path / "runs", tmp_path)
+def test_quick_studies_make_records_tables_and_figures(
+    script, tmp_path, fast_compilation
+):
+    study, runs = script.STUDY, tmp_path / "runs"
+    config = report.load_config_file(ROOT / "configs" / f"{study.name}.py")
+    config = config.get_config("quick")
+    pact_driver.run(study, config, runs)
+    paths = list((runs / study.folder).glob("*.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text())
+        assert {"git", "versions", "device", "started", "kind", "seed"} < set(record)
+    before = [p.stat().st_mtime_ns for p in paths]
+    pact_driver.run(study, config, runs)  # nothing is missing
+    assert [p.stat().st_mtime_ns for p in paths] == before
+    written = pact_driver.write_report(study, runs, tmp_path)
     assert all(p.stat().st_size > 500 for p in written)
-    assert "nan" not in written[0].read_text()
-    assert script.write_report(tmp_path / "none", tmp_path) == []
+    text = written[0].read_text()
+    assert "nan" not in text and f"from {len(paths)} records" in text
+    assert pact_driver.write_report(study, tmp_path / "none", tmp_path) == []
 
 
 def test_what_separate_tuning_leaves_of_a_problem():

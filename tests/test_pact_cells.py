@@ -10,6 +10,9 @@ from pact_cases import small
 from gcjax import pact
 from gcjax.pact import bucket, cells, exact, graph, scaled
 
+# Planning takes longer without optimisations.
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @functools.cache
 def problems():
@@ -91,6 +94,19 @@ def test_scaled_costs_are_within_the_factor_of_the_rounded_optimum():
                 assert pact.feasible(problem, plan)
                 assert plan.joules >= best * (1 - 1e-9)
     assert checked >= 3
+
+
+def test_solvers_on_rounded_states_say_when_they_give_up():
+    problem, best = problems()[3]
+    coarse = functools.partial(pact.plan, problem, "grid", (2, 2))
+    with pytest.raises(pact.NoneFoundError, match="grid gave up after .* labels"):
+        coarse(limit_labels=1)
+    plan = coarse()  # none survives two bins, so that the fastest has to do
+    assert plan.solver == "fastest" and plan.joules >= best * (1 - 1e-9)
+    with pytest.raises(pact.NoneFoundError, match="cost_scaled gave up after"):
+        scaled.solve(graph.build(problem), 0.5, 2, limit_labels=1)
+    finer = scaled.solve(graph.build(problem), 0.5, 2)
+    assert finer.resolution[0] > 2 and finer.labels > 0
 
 
 def test_cells_hide_nothing_when_they_are_fine_enough():

@@ -16,13 +16,6 @@ FAMILIES["entries"] = compressors.entries()
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def task():
     return tasks.image_classification("digits", "small_cnn", validation_size=100)

@@ -11,7 +11,15 @@ import optax
 import pytest
 
 from gcjax import experiment, pact, report, results, train
-from gcjax.pact import compressors, execution, outcomes, predictor, profiling, training
+from gcjax.pact import (
+    compressors,
+    execution,
+    horizon,
+    outcomes,
+    predictor,
+    profiling,
+    training,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = report.load_config_file(ROOT / "configs" / "pact_fashion.py")
@@ -24,15 +32,8 @@ def standard_promotion():
         yield
 
 
-@pytest.fixture
-def fast_compilation():
-    """For what does not plan: planning takes longer without optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-fast = pytest.mark.usefixtures("fast_compilation")
+# Planning takes longer without optimisations.
+planning = pytest.mark.usefixtures("optimised")
 
 
 def quick(model="small_cnn", **changed):
@@ -62,7 +63,6 @@ def test_nodes_share_the_training_samples(logistic):
     np.testing.assert_allclose(counts / counts.sum(), (0.4, 0.35, 0.25), atol=1e-3)
 
 
-@fast
 def test_a_cluster_averages_gradients_by_the_samples_of_its_members(logistic):
     """Uncompressed: SGD on the mean of the members' gradients, by hand."""
     task, _, trainer = logistic
@@ -90,7 +90,6 @@ def test_a_cluster_averages_gradients_by_the_samples_of_its_members(logistic):
     assert float(moved) > 0.1
 
 
-@fast
 def test_bits_are_those_that_the_aggregator_declares(logistic):
     task, _, trainer = logistic
     params, seen = task.init(jax.random.key(0))[0], np.zeros(3, int)
@@ -107,7 +106,6 @@ def test_bits_are_those_that_the_aggregator_declares(logistic):
     assert 6 * 32 < found["uniform(0.01)"] < 0.1 * found["dense"]
 
 
-@fast
 def test_an_epoch_alone_goes_on_where_the_last_one_stopped(logistic):
     task, _, trainer = logistic
     params, size = task.init(jax.random.key(0))[0], 25
@@ -132,7 +130,6 @@ def test_a_batch_must_fit_into_memory(logistic):
         trainer.epoch(params, (0, 1), 1.0, 2, "dense", np.zeros(3, int))
 
 
-@fast
 def test_removed_entries_stay_removed():
     config = quick("logistic", compressor="entries()")
     task, compressor, trainer = nodes_of(config)
@@ -309,19 +306,21 @@ def test_planning_again_stops_at_the_target_or_the_end(records):
     assert all(e["loss"] > 1.4 for e in run["epochs"][:-1])
 
 
+@planning
 def test_a_missed_target_is_told(profiled, tmp_path, monkeypatch):
     """Where no plan is left: the best epochs in time, until none is."""
     plans = [3, 0, 1, 0, 0]  # epochs at the gateway that each search finds
 
-    def plan(problem, **options):
+    def plan(problem, limit_s):
         if not (epochs := plans.pop(0)):
-            raise pact.NoneFoundError("none is left")
+            return None
         tables = pact.tabulate(problem)
         at_gateway = (tables.destination == 1) & (tables.fraction == 1.0)
         choices = [(1, int(np.flatnonzero(at_gateway)[0]))] * epochs
         return pact.replay(problem, choices, tables)
 
-    monkeypatch.setattr(execution, "least_energy", plan)
+    monkeypatch.setattr(execution, "attempt", plan)
+    monkeypatch.setattr(horizon, "attempt", plan)
     config = alone(quick(profile=str(profiled), max_loss=0.9, deadline_s=2.0))
     config.max_epochs = 3
     run = execution.execute(config, "plan", tmp_path)
@@ -338,6 +337,7 @@ def test_a_missed_target_is_told(profiled, tmp_path, monkeypatch):
     assert "missed" in outcomes.summary([run])
 
 
+@planning
 def test_without_a_plan_nothing_is_trained(profiled, tmp_path):
     config = alone(quick(profile=str(profiled), max_loss=0.16, deadline_s=1e-3))
     run = execution.execute(config, "plan", tmp_path)
@@ -352,6 +352,7 @@ def test_without_a_plan_nothing_is_trained(profiled, tmp_path):
         execution.execute(config, "plan", tmp_path)
 
 
+@planning
 def test_least_loss_is_the_best_epoch_in_time(profiled):
     config = alone(quick(profile=str(profiled)))
     record = results.read(profiled)
@@ -365,16 +366,15 @@ def test_least_loss_is_the_best_epoch_in_time(profiled):
             for a in np.flatnonzero(tables.possible[m, 0]).tolist():
                 plans.append(pact.replay(eased, [(m, a)], tables))
         plans = [p for p in plans if p.seconds <= deadline]
-        found = execution.least_loss(eased)
+        found = horizon.least_loss(eased)
         assert found.loss == min(p.loss for p in plans)
         assert found.seconds <= deadline
-    assert execution.least_loss(problem.with_target(deadline_s=1e-6)) is None
+    assert horizon.least_loss(problem.with_target(deadline_s=1e-6)) is None
     config.shares = (1.0, 0.5)
     with pytest.raises(ValueError, match="profile again"):
         profiling.problem(config, record, histograms, 2.0)
 
 
-@fast
 def test_a_profile_is_measured_and_can_be_planned_with(tmp_path):
     """A model of one layer, whose versions are all alike: the path, in seconds."""
     config = quick("logistic", profile_seeds=(0, 1), last_samples=1_500)

@@ -1,6 +1,7 @@
 """The parameter server: who sends how much, and what all make of it."""
 
 import functools
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -94,8 +95,10 @@ def run(tx, steps: int, on_devices: bool = False, positions: int = COUNT):
         yield flat(grads), before, errors_of(tx, state), mean, state
 
 
-@pytest.mark.parametrize("participants", [None, 2])
-@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize(
+    ("name", "participants"),
+    [*zip(ALLOCATIONS, itertools.repeat(None)), ("ratios", 2), ("thresholds", 2)],
+)
 def test_what_is_sent_and_the_new_error_are_what_entered(name, participants):
     tx = gcjax.parameter_server(ALLOCATIONS[name](), SHARES, participants=participants)
     sent_by_someone = 0
@@ -143,7 +146,7 @@ def test_a_table_says_who_takes_part_and_absent_workers_lose_nothing():
         ("ratios", "server"),
         ("ratios", "all"),
         ("thresholds", "server"),
-        ("pairs", "server"),
+        pytest.param("pairs", "server", marks=pytest.mark.slow),
     ],
 )
 def test_devices_send_what_simulated_workers_count(name, to):
@@ -172,8 +175,8 @@ def test_devices_send_what_simulated_workers_count(name, to):
     "options",
     [
         dict(download=gcjax.top_k(0.05)),
-        dict(download=gcjax.cast()),
-        dict(opwa=(2.0, 1)),
+        pytest.param(dict(download=gcjax.cast()), marks=pytest.mark.slow),
+        pytest.param(dict(opwa=(2.0, 1)), marks=pytest.mark.slow),
         dict(participants=2),
     ],
     ids=lambda o: next(iter(o)),
@@ -295,15 +298,17 @@ def test_pairs_of_one_worker_are_lgrecos_choice():
             jnp.exp(jax.random.normal(jax.random.key(0), (100, 50)) * 3),
         ]
     )
-    table = sparsify.tail_energy(layout, x, sparsify.DENSITIES)
+    energy = functools.partial(sparsify.tail_energy, layout)
+    table = jax.jit(energy, static_argnums=1)(x, sparsify.DENSITIES)
     words = sparsify.indexed_words(layout, sparsify.counts(layout, sparsify.DENSITIES))
     default = sparsify.DENSITIES.index(0.01)
     problem = base.Problem(
         table, words[0], jnp.full((2,), default, jnp.int32), [], (), layout.sizes
     )
-    want, _ = selector.update(problem, ())
-    report = made.report(layout, x)[None]
-    levels, _ = made.update(layout, made.init(layout), None, report, True)
+    want, _ = jax.jit(lambda: selector.update(problem, ()))()
+    report = jax.jit(functools.partial(made.report, layout))(x)[None]
+    choose = jax.jit(functools.partial(made.update, layout))
+    levels, _ = choose(made.init(layout), None, report, True)
     np.testing.assert_array_equal(levels, want)
     assert len({*np.asarray(levels).tolist()}) > 1
 

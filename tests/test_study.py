@@ -85,6 +85,8 @@ def test_correlations_rank_allocations_by_their_steps():
         late = np.concatenate([np.full(delay, 0.1), RISING])
         runs[name] = [record(name, s, late) for s in range(2)]
     runs["dense"] = [record("dense", 0, RISING)]
+    layers = "uniform(0.1, per_layer=True)"  # chooses entries in another way
+    runs[layers] = [record(layers, 0, RISING)]
     found, count = study.correlations(runs, 0.5, 0.1)
     assert count == 4
     assert found["omega"] == pytest.approx(1.0)

@@ -23,7 +23,7 @@ def standard_promotion():
 def config():
     config = base.get_config()
     config.experiment = "test"
-    config.aggregator = "compressed_mean(top_k((0.003, 0.01, 0.03)), spacing=2.0)"
+    config.aggregator = "compressed_mean(top_k((0.003, 0.01)), spacing=2.0)"
     config.steps = 6
     config.every = 2
     config.batch_size_per_worker = 4
@@ -56,7 +56,7 @@ def final_state(config, method, workdir, monkeypatch):
 def test_killed_and_resumed_is_bit_identical(config, tmp_path, monkeypatch):
     """Errors, momentum, levels, snapshot and the bits counted so far all come back."""
     config.aggregator = (
-        "compressed_mean(top_k((0.003, 0.01, 0.03)), spacing=2.0, momentum=0.9)"
+        "compressed_mean(top_k((0.003, 0.01)), spacing=2.0, momentum=0.9)"
     )
     config.checkpoint_every = 3
     whole, expected = final_state(config, LGRECO, tmp_path / "whole", monkeypatch)

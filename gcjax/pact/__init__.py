@@ -4,7 +4,8 @@
     plan = gcjax.pact.plan(problem)
 
 Read `problem.py` first, then `graph.py` and `bucket.py`; `planning.py` says when to use
-which solver, `proof.py` how bounds are proved.
+which solver, `proof.py` how bounds are proved, `horizon.py` what to do about predictors
+that err.
 
 Plans are carried out by `execution.py`, with what `profiling.py` has measured of the
 versions that `compressors.py` makes; these train, and so are imported by themselves:
@@ -12,7 +13,15 @@ versions that `compressors.py` makes; these train, and so are imported by themse
 """
 
 from gcjax.pact.baselines import BASELINES
-from gcjax.pact.planning import SOLVERS, frontier, lower_bound, plan, plan_batch
+from gcjax.pact.horizon import cautious, follow, until_met, widest
+from gcjax.pact.planning import (
+    SOLVERS,
+    attempt,
+    frontier,
+    lower_bound,
+    plan,
+    plan_batch,
+)
 from gcjax.pact.predictor import (
     Exponential,
     Jump,
@@ -38,6 +47,7 @@ from gcjax.pact.schedule import (
     NoneFoundError,
     Plan,
     Step,
+    choices_of,
     feasible,
     replay,
 )
@@ -66,9 +76,11 @@ __all__ = [
     # plans
     "plan",
     "plan_batch",
+    "attempt",
     "frontier",
     "lower_bound",
     "replay",
+    "choices_of",
     "feasible",
     "Plan",
     "Step",
@@ -76,6 +88,11 @@ __all__ = [
     "NoneFoundError",
     "SOLVERS",
     "BASELINES",
+    # predictors that may be wrong
+    "cautious",
+    "widest",
+    "follow",
+    "until_met",
     # synthetic problems
     "scenario",
     "perturbed",

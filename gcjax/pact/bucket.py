@@ -24,7 +24,7 @@ _LABELS = 1_000_000  # after which a plan is not improved further
 # Labels of a cell are ranked by bounds that price time and epochs: few bins of these
 # are enough. Bins of progress decide; many problems need no more than the first.
 _FIRST = 1024, 4
-_COARSEST, _FINEST = 64, 8192
+_COARSEST = 64
 _SETTLED = 5e-4  # relative gain, or proved gap, that is not worth another window
 # Bounds that are only estimates may be too high by this share: plans are looked for
 # so much above them first, then in windows that double.
@@ -144,7 +144,7 @@ def _windows(
     lower_j = proof.least_joules(graph, bound)
     best = _best_rollout(graph, bound)
     bins, window = fixed or _FIRST, _WINDOW
-    count, largest = 0, _FINEST
+    count, largest = 0, cells.FINEST
     while True:
         known = best.joules if best else np.inf
         if fixed is None and known <= lower_j * (1 + _SETTLED):

@@ -28,6 +28,7 @@ from jax import lax
 
 from gcjax.pact.graph import KNOTS, MIDDLE, SLACK, TICKS, Bounds, Graph, start_ticks
 
+FINEST = 8192  # bins of progress, or of loss
 _BLOCK = 256  # labels taken from the queue at a time
 _PAIRS = 64  # of (label, next version), expanded at a time
 
@@ -47,7 +48,7 @@ class Arrays(NamedTuple):
     switch_used: jax.Array  # int32[M, M, C]
     switch: jax.Array  # int32[M, M, KNOTS + 1], ticks of progress after a switch
     goal: jax.Array  # bool[M], whether the end of the range is the target
-    edges: jax.Array  # int32[M, bins + 1], ascending ticks of bins; for `snap`
+    edges: jax.Array  # int32[M, FINEST + 1], ascending ticks of bins; for `snap`
     weights: jax.Array  # float32[W, 3], of cost, share of the budget used, epochs
     fixed: jax.Array  # float32[W], limits of completion bounds less the cost's part
     value: jax.Array  # float32[M, C, J + 1, W]
@@ -89,9 +90,12 @@ def arrays(
     step = np.floor(np.minimum(graph.progress / tick, TICKS))
     # Uniform in loss, as they were first described, and not in progress.
     losses = np.linspace(problem.top_loss, problem.max_loss, bins[0] + 1 if snap else 2)
-    edges = np.zeros((len(problem.versions), len(losses)), np.int32)
+    # As many for all resolutions, so that one program serves them; none is beyond.
+    room = FINEST + 1 if snap else 2
+    edges = np.full((len(problem.versions), room), np.iinfo(np.int32).max, np.int32)
     for m in np.flatnonzero(graph.reachable):
-        edges[m] = graph.ticks(m, problem.versions[m].curve.progress(losses))
+        at = graph.ticks(m, problem.versions[m].curve.progress(losses))
+        edges[m, : len(losses)] = at
     weights = np.asarray(bound.weights, np.float64)
     fixed = weights @ [0.0, 1.0, problem.max_epochs]
     allowed = graph.allowed()[..., None]

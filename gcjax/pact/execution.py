@@ -24,7 +24,6 @@ References:
   abstract tells, which is all that was at hand; re-planning is our addition.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -40,13 +39,12 @@ from gcjax import experiment, results, train
 from gcjax.pact import compressors, profiling, training
 from gcjax.pact.baselines import BASELINES
 from gcjax.pact.compressors import Costs, ModelCompressor, Params
-from gcjax.pact.planning import plan as least_energy
-from gcjax.pact.predictor import refit_curve
+from gcjax.pact.horizon import History, Standing, next_step, refitted
+from gcjax.pact.planning import attempt
 from gcjax.pact.problem import Cluster, Problem
-from gcjax.pact.schedule import InfeasibleError, NoneFoundError, Plan, Step, replay
+from gcjax.pact.schedule import Plan, Step, action_of
 from gcjax.pact.tables import (
     Work,
-    advance,
     epoch_cost,
     hand_over_cost,
     switch_cost,
@@ -83,8 +81,7 @@ class State(NamedTuple):
     seconds: float  # since the start
     joules: float
     seen: np.ndarray  # int[N], samples that each node has trained on
-    # Of each version, (loss before, effective samples, loss after) of its epochs.
-    history: dict[str, list[tuple[float, float, float]]]
+    history: History
 
 
 def trainer_for(config: ml_collections.ConfigDict) -> Callable[..., dict[str, Any]]:
@@ -191,10 +188,7 @@ def _given(config, trainer: Trainer, params: Params) -> tuple[Params, np.ndarray
 def _first_plan(problem: Problem, method: str) -> Plan | None:
     if method != PLAN:
         return BASELINES[method](problem)
-    try:
-        return least_energy(problem, limit_s=_PROOF_S)
-    except (InfeasibleError, NoneFoundError):
-        return None
+    return attempt(problem, _PROOF_S)
 
 
 def _next(
@@ -207,56 +201,12 @@ def _next(
     if not site.config.replan:
         left = planned.steps[done:]
         return (left[0] if left else None), "planned"
-    problem = site.problem
-    left_s, epochs = problem.deadline_s - state.seconds, problem.max_epochs - done
-    if state.loss <= problem.max_loss or left_s <= 0 or not epochs:
-        return None, ""
-    if not done:
+    if not done and planned.steps:
         return planned.steps[0], "planned"
-    now = dict(
-        start_version=state.version,
-        start_cluster=state.cluster,
-        start_loss=min(state.loss, problem.top_loss),
-        deadline_s=left_s,
-        max_epochs=epochs,
-    )
-    again = refitted(site, state)
-    for curves, how in ((again, "re-planned"), (problem, "from the profile")):
-        try:
-            ahead = dataclasses.replace(curves, **now)
-            return least_energy(ahead, limit_s=_PROOF_S).steps[0], how
-        except (InfeasibleError, NoneFoundError):
-            pass
-    return least_loss(dataclasses.replace(again, **now)), "fall-back"
-
-
-def refitted(site: Site, state: State) -> Problem:
-    """The problem with the curves that the epochs so far suggest."""
-    versions = []
-    for version in site.problem.versions:
-        epochs = state.history.get(version.name)
-        if epochs:
-            noise = site.noise[version.name]
-            curve = refit_curve(version.curve, *np.transpose(epochs), noise)
-            version = dataclasses.replace(version, curve=curve)
-        versions.append(version)
-    return dataclasses.replace(site.problem, versions=tuple(versions))
-
-
-def least_loss(problem: Problem) -> Step | None:
-    """The epoch after which the loss is lowest, of those that end in time."""
-    tables = tabulate(problem)
-    m, c = tables.start
-    best, choice = np.inf, None
-    for n in np.flatnonzero(np.isfinite(tables.switch_j[m, :, c])).tolist():
-        seconds = tables.switch_s[m, n, c] + tables.seconds[n, c]
-        in_time = tables.possible[n, c] & (seconds <= problem.deadline_s)
-        for a in np.flatnonzero(in_time).tolist():
-            gained = tables.progress[n, c, a]
-            loss = float(advance(problem, m, n, problem.start_loss, gained))
-            if loss < best:
-                best, choice = loss, (n, a)
-    return replay(problem, [choice], tables).steps[0] if choice else None
+    now = Standing(state.version, state.cluster, state.loss, state.seconds, done)
+    again = refitted(site.problem, state.history, site.noise)
+    step, found = next_step((again, site.problem), now, _PROOF_S)
+    return step, ("re-planned", "from the profile", "fall-back")[found]
 
 
 def carry_out(site: Site, state: State, step: Step) -> tuple[State, dict[str, Any]]:
@@ -357,15 +307,9 @@ def _level(config, name: str) -> tuple[str, float]:
 def _effective_samples(problem: Problem, step: Step, holder: str) -> float:
     """Effective samples that the plan reckons with in an epoch."""
     tables = tabulate(problem)
-    versions = [v.name for v in problem.versions]
-    clusters = [c.name for c in problem.clusters]
-    names = [g.name for g in problem.gradient_levels] or ["none"]
-    same = tables.destination == clusters.index(step.cluster)
-    same &= tables.fraction == step.fraction
-    if len(problem.clusters[clusters.index(step.cluster)].members) > 1:
-        same &= tables.level == names.index(step.level)
-    at = versions.index(step.version), clusters.index(holder)
-    return float(tables.progress[at][same][0])
+    version = [v.name for v in problem.versions].index(step.version)
+    cluster = [c.name for c in problem.clusters].index(holder)
+    return float(tables.progress[version, cluster, action_of(problem, step, tables)])
 
 
 def _final(site: Site, state: State, record: dict[str, Any]) -> dict[str, Any]:

@@ -191,24 +191,10 @@ def gantt(record: Record) -> Figure:
     nodes = [node["name"] for node in record["config"]["nodes"]]
     versions = [version_name(share) for share in record["config"]["shares"]]
     members = {c["name"]: c["members"] for c in record["config"]["clusters"]}
-    begun, drawn = 0.0, set()
-    for epoch in record["epochs"]:
-        for node in members[epoch["cluster"]]:
-            version = epoch["version"]
-            top.barh(
-                nodes.index(node),
-                epoch["seconds"] - begun,
-                left=begun,
-                color=f"C{versions.index(version)}",
-                edgecolor="white",
-                linewidth=0.5,
-                label=version if version not in drawn else None,
-            )
-            drawn.add(version)
-        begun = epoch["seconds"]
-    top.set_yticks(range(len(nodes)), nodes)
-    top.set_ylim(len(nodes) - 0.5, -0.5)
-    top.legend(title="version", fontsize="small")
+    epochs = [
+        (e["version"], members[e["cluster"]], e["seconds"]) for e in record["epochs"]
+    ]
+    draw_epochs(top, nodes, versions, epochs)
     top.set_title(f"{record['label']}, seed {record['seed']}", fontsize="medium")
     start = [(0.0, record["start_loss"])]
     planned = start + [(step[5], step[4]) for step in record["plan"]]
@@ -227,6 +213,39 @@ def gantt(record: Record) -> Figure:
     below.grid(alpha=0.3)
     below.legend(fontsize="small")
     return figure
+
+
+def draw_epochs(
+    axes: Axes,
+    rows: list[str],
+    versions: list[str],
+    epochs: Iterable[tuple[str, Iterable[str], float]],
+) -> None:
+    """Draws who trains when: bars over time, coloured by version.
+
+    Args:
+      axes: To draw on.
+      rows: What trains, from top to bottom.
+      versions: Whose colours are taken in turn.
+      epochs: Version, the rows that train it, and the time of its end; in order.
+    """
+    begun, drawn = 0.0, set()
+    for version, busy, seconds in epochs:
+        for row in busy:
+            axes.barh(
+                rows.index(row),
+                seconds - begun,
+                left=begun,
+                color=f"C{versions.index(version)}",
+                edgecolor="white",
+                linewidth=0.5,
+                label=None if version in drawn else version,
+            )
+            drawn.add(version)
+        begun = seconds
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.legend(title="version", fontsize="small")
 
 
 # --- Profiles. ------------------------------------------------------------------------

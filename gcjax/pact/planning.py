@@ -14,7 +14,6 @@ from gcjax.pact.schedule import NoneFoundError, Plan, replay
 
 SOLVERS = ("bucket", "grid", "cost_scaled", "labels", "brute_force")
 _GRID = 64, 128  # bins of loss and time that the grid starts from
-_FINEST = 8192
 
 
 def plan(
@@ -23,6 +22,7 @@ def plan(
     resolution: tuple[int, int] | float | None = None,
     *,
     limit_s: float = 600.0,
+    limit_labels: int = 1 << 22,
     progress: bool = False,
 ) -> Plan:
     """Finds the plan of least energy that meets the target in time.
@@ -38,6 +38,8 @@ def plan(
         time, powers of two; None chooses them, and refines until the answer settles.
         For cost_scaled, the relative error allowed, 0.1 by default.
       limit_s: Processor time for labels, and for the proof that no plan exists.
+      limit_labels: Partial plans after which grid and cost_scaled begin no further
+        pass and give up, at about 20 microseconds each.
       progress: Show progress bars.
 
     Returns:
@@ -46,7 +48,8 @@ def plan(
     Raises:
       ValueError: for an unknown solver or impossible resolution.
       InfeasibleError: where it is proved that no plan exists.
-      NoneFoundError: where none was found, and one may exist.
+      NoneFoundError: where none was found, and one may exist; also where grid or
+        cost_scaled gave up.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
@@ -60,14 +63,32 @@ def plan(
         if solver == "bucket":
             found = bucket.search(graph, _check_bins(resolution))
         elif solver == "grid":
-            found = _grid(graph, _check_bins(resolution))
+            found = _grid(graph, _check_bins(resolution), limit_labels)
         elif solver == "cost_scaled":
-            found = scaled.solve(graph, 0.1 if resolution is None else resolution)
+            error = 0.1 if resolution is None else resolution
+            found = scaled.solve(graph, error, limit_labels=limit_labels)
         else:
             found = _labels(graph, limit_s, progress)
     if found is None:
         found = _last_resort(problem, solver, limit_s)
     return dataclasses.replace(found, cpu_s=time.process_time() - begun)
+
+
+def attempt(problem: Problem, limit_s: float) -> Plan | None:
+    """The default solver's plan, or else the fastest; None where none was found.
+
+    Like `plan`, but spends nothing on what to say where there is none.
+
+    Args:
+      problem: What is planned.
+      limit_s: Processor time for the fastest plan.
+    """
+    if problem.start_loss <= problem.max_loss:
+        return replay(problem, [], solver="bucket")
+    graph = build(problem)
+    if found := bucket.search(graph, None):
+        return found
+    return _fastest(graph, limit_s)[0]
 
 
 def plan_batch(
@@ -119,23 +140,22 @@ def _check_bins(resolution) -> tuple[int, int] | None:
     if not (
         isinstance(resolution, tuple)
         and len(resolution) == 2
-        and all(isinstance(b, int) and 1 <= b <= 8192 for b in resolution)
+        and all(isinstance(b, int) and 1 <= b <= cells.FINEST for b in resolution)
         and all(b & (b - 1) == 0 for b in resolution)
     ):
         raise ValueError(
-            "resolution must be two powers of two up to 8192, bins of progress and "
-            f"of time, got {resolution!r}"
+            f"resolution must be two powers of two up to {cells.FINEST}, bins of "
+            f"progress and of time, got {resolution!r}"
         )
     return resolution
 
 
 def _last_resort(problem: Problem, solver: str, limit_s: float) -> Plan:
     """The fastest plan, or the proof that there is none."""
-    graph = build(problem)
-    found = exact.fastest(graph, limit_s)
-    if found.choices is not None:
-        return replay(problem, found.choices, graph.tables, solver)
-    if not found.complete:
+    found, complete = _fastest(build(problem), limit_s)
+    if found:
+        return found
+    if not complete:
         raise NoneFoundError(
             f"{solver} found no plan at this resolution, and whether one exists was "
             f"not settled in {limit_s:g} s: raise resolution or limit_s"
@@ -144,27 +164,37 @@ def _last_resort(problem: Problem, solver: str, limit_s: float) -> Plan:
     raise AssertionError("unreachable")
 
 
-def _grid(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
+def _fastest(graph: Graph, limit_s: float) -> tuple[Plan | None, bool]:
+    """The fastest plan; and whether, without one, it is proved that there is none."""
+    found = exact.fastest(graph, limit_s)
+    if found.choices is None:
+        return None, found.complete
+    return replay(graph.problem, found.choices, graph.tables, "fastest"), True
+
+
+def _grid(
+    graph: Graph, fixed: tuple[int, int] | None, limit_labels: int
+) -> Plan | None:
     """Rounded states; cells are halved until some plan survives the rounding."""
     bound = exact.completion(graph)
-    bins, best = fixed or _GRID, None
+    bins, count = fixed or _GRID, 0
     while not bound.proof:
         a = jax.device_put(cells.arrays(graph, bound, np.inf, (*bins, 1), snap=True))
         log = bucket.run(a, snap=True, guided=False)
+        count += int(log.count)
         if log.best >= 0:
             choices = cells.trace(graph, log, int(log.best))
-            best = replay(
-                graph.problem,
-                choices,
-                graph.tables,
-                "grid",
-                resolution=bins,
-                labels=int(log.count),
+            found = dict(resolution=bins, labels=count)
+            return replay(graph.problem, choices, graph.tables, "grid", **found)
+        if log.full or count >= limit_labels:
+            raise NoneFoundError(
+                f"grid gave up after {count} labels, the last at {bins[0]} x {bins[1]} "
+                "bins: raise limit_labels, or set a coarser resolution"
             )
-        if fixed or log.full or best or bins[0] >= _FINEST:
+        if fixed or bins[0] >= cells.FINEST:
             break
         bins = 2 * bins[0], 2 * bins[1]
-    return best
+    return None
 
 
 def _labels(graph: Graph, limit_s: float, progress: bool) -> Plan | None:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from gcjax.pact.problem import Problem
 from gcjax.pact.tables import Tables, advance, tabulate
 
@@ -113,6 +115,39 @@ def replay(
             )
         )
     return Plan(tuple(steps), loss, float(seconds), float(joules), solver, **found)
+
+
+def action_of(problem: Problem, step: Step, tables: Tables) -> int:
+    """Which action of the tables an epoch takes.
+
+    Raises:
+      ValueError: where the problem has no such action.
+    """
+    clusters = [c.name for c in problem.clusters]
+    same = np.zeros(len(tables.destination), bool)
+    if step.cluster in clusters:
+        c = clusters.index(step.cluster)
+        same = (tables.destination == c) & (tables.fraction == step.fraction)
+        if len(problem.clusters[c].members) > 1:  # alone, all levels are one
+            names = [g.name for g in problem.gradient_levels] or ["none"]
+            same &= np.array([names[g] == step.level for g in tables.level])
+    if not same.any():
+        raise ValueError(
+            f"the problem has no epoch on {step.fraction:g} of the data of "
+            f"{step.cluster!r} at level {step.level!r}"
+        )
+    return int(np.flatnonzero(same)[0])
+
+
+def choices_of(
+    problem: Problem, steps: Iterable[Step], tables: Tables
+) -> list[tuple[int, int]]:
+    """Versions and actions of epochs, as `replay` takes them."""
+    versions = [v.name for v in problem.versions]
+    return [
+        (versions.index(step.version), action_of(problem, step, tables))
+        for step in steps
+    ]
 
 
 def feasible(problem: Problem, plan: Plan) -> bool:

@@ -18,7 +18,6 @@ from gcjax.pact.problem import (
     Cluster,
     GradientLevel,
     ModelVersion,
-    Node,
     Problem,
 )
 
@@ -267,9 +266,8 @@ def advance(
 
 def _why_nobody(problem: Problem, version: ModelVersion) -> str:
     """Says why a version cannot be trained anywhere."""
-    by_name: dict[str, Node] = {n.name: n for n in problem.nodes}
     room = max(
-        min(by_name[m].memory_bytes for m in c.members) for c in problem.clusters
+        min(node.memory_bytes for node in problem.members(c)) for c in problem.clusters
     )
     if room < version.training_bytes:
         return (
