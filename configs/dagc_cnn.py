@@ -33,7 +33,7 @@ METHODS = ("uniform(0.001)", "dagc_r(0.001)", "hard(0.05)", "dagc_a(0.05)")
 MORE = (
     "dagc_r(0.001, criterion='psi')",
     "uniform(0.001, per_layer=True)",
-    *(f"pairs(lgreco(0.001), densities={d}, every=50)" for d in _DENSITIES),
+    *(f"pairs(lgreco(default=0.001), densities={d}, every=50)" for d in _DENSITIES),
     "dense",
 )
 
