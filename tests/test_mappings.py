@@ -33,7 +33,7 @@ AGGREGATORS = {
     ),
     "qsgd scattered adaptive": lambda: gcjax.adapt(
         gcjax.compressed_mean(
-            gcjax.qsgd((2, 4), 256, rounding="nearest"),
+            gcjax.qsgd((3, 4, 6), 256, rounding="nearest"),
             collective="reduce_scatter",
             spacing=2.0,
         ),
@@ -81,7 +81,7 @@ def layers(tree):
 
 
 # Half a minute of compilation each; others of their kind run always.
-SLOW = ("qsgd adaptive", "qsgd ring adaptive")
+SLOW = ("qsgd adaptive", "qsgd ring adaptive", "qsgd scattered adaptive")
 
 
 @pytest.mark.parametrize(
