@@ -115,6 +115,7 @@ def test_many_layers_are_within_a_thousandth_of_the_optimum():
     assert np.mean(gap) < 1e-3
 
 
+@pytest.mark.slow
 def test_very_many_layers_are_within_a_thousandth_of_the_optimum():
     cost, weight, budget = (x[2:3] for x in instances(200, 100, 1))
     x = jax.lax.map(lambda row: minimise_size(*row), (weight, cost, budget))

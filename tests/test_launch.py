@@ -185,6 +185,7 @@ def continued(workdir, tmp_path, processes, **fields):
     same_to_rounding(record["series"], expected["series"])
 
 
+@pytest.mark.slow
 def test_two_processes_continue_as_one(undisturbed, tmp_path):
     """Errors are folded, as when simulated workers read the same checkpoint."""
     continued(undisturbed, tmp_path, 1, steps=70)

@@ -46,7 +46,9 @@ AGGREGATORS = {
     "power_sgd": lambda: gcjax.power_sgd(2),
     "top_k nearly": lambda: gcjax.compressed_mean(gcjax.top_k(0.05, tolerance=0.1)),
     "top_k adaptive": lambda: gcjax.adapt(
-        gcjax.compressed_mean(gcjax.top_k((0.003, 0.01)), spacing=2.0, momentum=0.9),
+        gcjax.compressed_mean(
+            gcjax.top_k((0.003, 0.01, 0.03)), spacing=2.0, momentum=0.9
+        ),
         gcjax.lgreco(0.01),
         every=2,
         warmup_steps=1,
@@ -59,7 +61,7 @@ AGGREGATORS = {
         every=2,
     ),
     "power_sgd adaptive": lambda: gcjax.adapt(
-        gcjax.power_sgd((1, 4), spacing=2.0), gcjax.lgreco(4), every=2
+        gcjax.power_sgd((1, 2, 4, 8), spacing=2.0), gcjax.lgreco(4), every=2
     ),
 }
 
@@ -81,7 +83,12 @@ def layers(tree):
 
 
 # Half a minute of compilation each; others of their kind run always.
-SLOW = ("qsgd adaptive", "qsgd ring adaptive", "qsgd scattered adaptive")
+SLOW = (
+    "qsgd adaptive",
+    "qsgd ring adaptive",
+    "qsgd scattered adaptive",
+    "power_sgd adaptive",
+)
 
 
 @pytest.mark.parametrize(

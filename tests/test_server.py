@@ -145,7 +145,7 @@ def test_a_table_says_who_takes_part_and_absent_workers_lose_nothing():
     [
         ("ratios", "server"),
         ("ratios", "all"),
-        ("thresholds", "server"),
+        pytest.param("thresholds", "server", marks=pytest.mark.slow),
         pytest.param("pairs", "server", marks=pytest.mark.slow),
     ],
 )
