@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import gcjax
+from configs import base
 from gcjax import network, results
 from gcjax.base import Problem, Words
 from gcjax.network import Codec, Link, measure, survey
@@ -165,6 +166,13 @@ def test_survey_says_what_does_not_pay():
     assert set(survey.BASELINES) <= set(survey.FAMILIES)
     layouts = [make().layout(PARAMS) for make in survey.FAMILIES.values()]
     assert all(layout.num_layers for layout in layouts)
+
+
+def test_survey_has_the_configs_own_methods_too():
+    config = base.get_config()
+    made = survey.aggregators(config, np.full(config.num_workers, 1 / 8))
+    assert set(survey.FAMILIES) < set(made)
+    assert any("lgreco(default=0.01)" in name for name in made)
 
 
 # --- L-GreCo in seconds. --------------------------------------------------------------

@@ -32,13 +32,15 @@ def scattered(compressor: Any) -> Aggregator:
     return exchange.compressed_mean(compressor, collective="reduce_scatter")
 
 
-def aggregators(config: ml_collections.ConfigDict) -> dict[str, Aggregator]:
-    """All families, and the config's own methods."""
+def aggregators(
+    config: ml_collections.ConfigDict, p: np.ndarray
+) -> dict[str, Aggregator]:
+    """All families, and the config's own methods; p are its workers' weights."""
     made = {name: make() for name, make in FAMILIES.items()}
     for method in config.methods:
         if method != "dense":
             label = results.label(config, method)
-            made[label] = experiment.build_aggregator(config, method)
+            made[label] = experiment.build_aggregator(config, method, p)
     return made
 
 
