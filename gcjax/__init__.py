@@ -1,4 +1,22 @@
-"""gcjax: adaptive gradient compression for data-parallel training in JAX."""
+"""gcjax: adaptive gradient compression for data-parallel training in JAX.
+
+    aggregate = gcjax.adapt(
+        gcjax.compressed_mean(gcjax.top_k()), gcjax.lgreco(default=0.01), every=100
+    )
+    tx = optax.chain(aggregate, optax.sgd(0.1))
+
+An aggregator (`compressed_mean`, `power_sgd`, `parameter_server`) is an optax
+transformation: each worker's own gradient goes in, the mean of all workers' comes out.
+`adapt` lets a selector (`lgreco`, `uniform`) choose the level of every layer anew while
+the model trains. `over_workers` simulates workers on one device, or maps them over a
+mesh; `state_specs` and `as_local` are for a `jax.shard_map` of your own.
+
+The README has a whole training loop. `base.py` defines the nouns and follows one
+gradient through the code; `help(gcjax.aggregator)` lists the options of every
+aggregator. Beside the names below there are `gcjax.selectors.workers`, rules for
+workers that hold uneven amounts of data, and `gcjax.network`, what a step costs on
+which link.
+"""
 
 import importlib
 from types import ModuleType

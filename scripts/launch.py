@@ -2,6 +2,12 @@
 
 python scripts/launch.py --processes=4 --rate=100mbit -- \
     scripts/train.py --config=configs/quickstart.py --config.num_workers=4
+
+If a process dies, the launcher names it, ends the others and exits with its status.
+With --config.checkpoint_every=50 --config.resume=true the same command then continues
+from the last checkpoint, to the result of an undisturbed run; with another number of
+processes errors are folded so that their mean is kept. Network namespaces vanish with
+the launcher, whatever ends it.
 """
 
 import sys

@@ -4,11 +4,19 @@ Configs with nodes are plans, which are made and carried out; see gcjax.pact.exe
 
 python scripts/train.py --config=configs/quickstart.py --config.learning_rate=0.05
 
-As one of several processes, one worker on each device of all of them: under Slurm, by
-scripts/launch.py, or by hand with the same command for each process but --process_id,
+As one of several processes, one worker on each device of all of them, so that
+num_workers must be their number. By scripts/launch.py on one machine; under Slurm, with
+one task for each GPU, where JAX finds the other processes by itself,
+
+srun --ntasks=8 --gpus-per-node=4 python scripts/train.py \
+    --config=configs/quickstart.py --config.num_workers=8
+
+or by hand, with the same command for each process but --process_id,
 
 python scripts/train.py --config=configs/quickstart.py --config.num_workers=2 \
     --coordinator=node0:29500 --num_processes=2 --process_id=0
+
+The first process writes the record; checkpoints need a folder that all processes see.
 """
 
 import sys
