@@ -141,7 +141,7 @@ def _replaceable(tables: Tables, keep: np.ndarray) -> np.ndarray:
     found = np.zeros_like(keep)
     energy = np.where(keep, tables.energy_j, np.inf)
     for m in range(size):
-        more_j, more_s = _worse_places(tables, m)
+        more_j, more_s = worse_places(tables, m)
         to = tables.destination
         more_j, more_s = more_j[to[:, None], to], more_s[to[:, None], to]
         for c in range(clusters):
@@ -155,7 +155,7 @@ def _replaceable(tables: Tables, keep: np.ndarray) -> np.ndarray:
     return found
 
 
-def _worse_places(tables: Tables, m: int) -> tuple[np.ndarray, np.ndarray]:
+def worse_places(tables: Tables, m: int) -> tuple[np.ndarray, np.ndarray]:
     """How much more the next epoch may cost from place b than from a, [a, b] each.
 
     In joules and seconds, at least 0; inf where b lacks an action or gains less.
