@@ -90,17 +90,13 @@ def remedied(
         ],
         "margin from the error, re-planned": lambda _: [sure, believed],
     }
-    done = {name: plan and carried_out(real, plan) for name, plan in once.items()}
+    done = {
+        name: plan and horizon.carried_out(real, plan) for name, plan in once.items()
+    }
     done["the same, stopped when met"] = careful and pact.until_met(real, careful)
     for name, candidates in ahead.items():
         done[name] = pact.follow(real, candidates, _PROOF_S)[0]
     return done
-
-
-def carried_out(real: pact.Problem, plan: pact.Plan) -> pact.Plan:
-    """A whole plan with other curves."""
-    tables = pact.tabulate(real)
-    return pact.replay(real, pact.choices_of(real, plan.steps, tables), tables)
 
 
 def text(problems: list[Record]) -> list[str]:

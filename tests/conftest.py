@@ -24,6 +24,11 @@ import gcjax  # noqa: E402
 N = 8
 
 
+def slow(*case, **options):
+    """A case for -m slow only: another, which always runs, shows nearly as much."""
+    return pytest.param(*case, marks=pytest.mark.slow, **options)
+
+
 @pytest.fixture
 def mesh():
     return jax.make_mesh((N,), ("workers",), axis_types=(AxisType.Auto,))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import N, info, trainer, tree
+from conftest import N, info, slow, trainer, tree
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -22,10 +22,6 @@ def adaptive_top_k(densities=(0.003, 0.01, 0.03), default=0.01, spacing=2.0, **o
         gcjax.lgreco(default, solver="dp"),
         every=2,
     )
-
-
-# For what another case, which always runs, shows nearly as well.
-slow = lambda case: pytest.param(case, marks=pytest.mark.slow)
 
 
 def grads(step: int = 0, scale: float = 1.0):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from jax import lax
 
 import gcjax
@@ -279,7 +280,6 @@ def test_the_same_keys_give_the_same_message_and_others_another(name):
     assert same == [by_shared or not CASES[name].random, not by_shared]
 
 
-slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 EAGER = ["identity", "sign"]
 EAGER += map(slow, ("top_k", "random_k", "threshold"))
 EAGER += map(slow, ("cast", "qsgd", "terngrad", "natural"))

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import slow
 
 from configs import quickstart
 from gcjax import cluster, results, train
@@ -144,7 +145,7 @@ def test_processes_give_what_simulation_gives(undisturbed, tmp_path):
     ("rank", "line"),
     [
         pytest.param(0, 25, id="coordinator"),
-        pytest.param(1, 15, id="worker", marks=pytest.mark.slow),
+        slow(1, 15, id="worker"),
     ],
 )
 def test_a_killed_rank_is_named_and_the_run_continues(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import slow
 from pact_cases import small
 
 from gcjax import pact, report
@@ -90,7 +91,7 @@ def test_choices_of_a_plan_replay_to_the_plan():
     [
         pact_study,
         pact_errors,
-        pytest.param(pact_joint, marks=pytest.mark.slow),
+        slow(pact_joint),
         pact_scaling,
     ],
 )

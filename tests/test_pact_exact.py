@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import slow
 from pact_cases import small
 
 from gcjax import pact
-from gcjax.pact import exact, graph
+from gcjax.pact import exact, graph, labels
 
 # Planning takes longer without optimisations.
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -41,6 +42,61 @@ def test_labels_agree_with_brute_force(block):
         else:
             np.testing.assert_allclose(found, best.joules, rtol=1e-9)
     assert 5 < feasible < 30
+
+
+def test_labels_agree_with_brute_force_where_many_places_compete():
+    feasible = 0
+    for seed in range(240, 264):
+        problem = small(seed, 2, 4, 3)
+        best, found = exact.brute_force(problem), optimum(problem)
+        feasible += best is not None
+        assert (best is None) == (found is None)
+        if best is not None:
+            np.testing.assert_allclose(found, best.joules, rtol=1e-9)
+    assert feasible > 5
+
+
+def test_labels_agree_with_brute_force_where_energy_is_free_somewhere():
+    feasible = 0
+    for seed in range(264, 276):
+        problem = small(seed, 2, 2, 4)
+        free = dataclasses.replace(problem.nodes[0], joules_per_flop=0.0)
+        problem = dataclasses.replace(problem, nodes=(free, *problem.nodes[1:]))
+        best, found = exact.brute_force(problem), optimum(problem)
+        feasible += best is not None
+        assert (best is None) == (found is None)
+        if best is not None:
+            np.testing.assert_allclose(found, best.joules, rtol=1e-9)
+    assert feasible > 3
+
+
+@pytest.fixture(scope="module")
+def many():
+    """A problem of a few hundred labels, and its optimum."""
+    problem = pact.scenario("slow storage", 3, 5, 24, 1)
+    longest = pact.BASELINES["static"](problem.with_target(max_loss=0.8)).seconds
+    problem = problem.with_target(max_loss=0.8, deadline_s=0.5 * longest)
+    found = exact.labels(graph.build(problem))
+    assert found.complete and found.labels > 200
+    return problem, found
+
+
+@pytest.mark.parametrize("batch, pairwise", [(1, 1), (7, 3), (10**9, 10**9)])
+def test_batches_never_change_the_optimum(many, monkeypatch, batch, pairwise):
+    """One label at a time is label setting as in the books."""
+    problem, expected = many
+    monkeypatch.setattr(labels, "_BATCH", batch)
+    monkeypatch.setattr(labels, "_PAIRWISE", pairwise)
+    found = exact.labels(graph.build(problem))
+    assert found.complete
+    np.testing.assert_allclose(found.lower_j, expected.lower_j, rtol=1e-9)
+
+
+def test_a_search_that_is_stopped_gives_a_lower_bound(many):
+    problem, expected = many
+    found = exact.labels(graph.build(problem), limit_s=0.0)
+    assert not found.complete and found.labels < expected.labels
+    assert 0 < found.lower_j <= expected.lower_j * (1 + 1e-9)
 
 
 def test_dropped_actions_never_change_the_optimum():
@@ -86,12 +142,7 @@ def test_fewer_actions_never_cost_less(seed):
 
 @pytest.mark.parametrize(
     "solver",
-    [
-        "labels",
-        "bucket",
-        pytest.param("grid", marks=pytest.mark.slow),
-        pytest.param("cost_scaled", marks=pytest.mark.slow),
-    ],
+    ["labels", "bucket", slow("grid"), slow("cost_scaled")],
 )
 def test_one_version_and_one_node_count_epochs(solver):
     problem = small(0, 1, 1, 40)

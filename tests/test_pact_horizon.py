@@ -62,18 +62,15 @@ def wrong():
     return found
 
 
-def carried_out(real, plan):
-    tables = pact.tabulate(real)
-    return pact.replay(real, pact.choices_of(real, plan.steps, tables), tables)
-
-
 def test_what_is_planned_with_caution_is_reached_with_all_that_the_error_allows():
     missed = kept = 0
     for real, guess, error in wrong():
-        missed += not pact.feasible(real, carried_out(real, exact.brute_force(guess)))
+        missed += not pact.feasible(
+            real, horizon.carried_out(real, exact.brute_force(guess))
+        )
         plan = exact.brute_force(pact.cautious(guess, error))
         if plan:
-            done = carried_out(real, plan)
+            done = horizon.carried_out(real, plan)
             kept += 1
             assert pact.feasible(real, done)
             assert done.loss <= plan.loss * (1 + 1e-9)
@@ -143,7 +140,7 @@ def test_histories_hold_what_was_seen():
 def test_a_plan_stops_when_the_target_is_met():
     stopped = 0
     for real, guess, _ in wrong():
-        whole = carried_out(real, exact.brute_force(guess))
+        whole = horizon.carried_out(real, exact.brute_force(guess))
         done = pact.until_met(real, exact.brute_force(guess))
         assert done.steps == whole.steps[: len(done.steps)]
         assert all(s.loss > real.max_loss for s in done.steps[:-1])

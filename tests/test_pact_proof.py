@@ -53,8 +53,9 @@ def test_bounds_are_tight_for_many_epochs():
         problem = problem.with_target(max_loss=0.8, max_epochs=1000)
         plan = pact.plan(problem)
         assert len(plan.steps) > 5
-        coarse = pact.lower_bound(problem, 256)
-        assert coarse <= plan.joules * (1 + 1e-9)
+        lower = [pact.lower_bound(problem, bins) for bins in (128, 2048)]
+        assert all(joules <= plan.joules * (1 + 1e-9) for joules in lower)
+        assert 0.98 * plan.joules < lower[1]
         assert 0.98 * plan.joules < plan.lower_bound_j <= plan.joules * (1 + 1e-9)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import info, tree
+from conftest import info, slow, tree
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -97,7 +97,12 @@ def run(tx, steps: int, on_devices: bool = False, positions: int = COUNT):
 
 @pytest.mark.parametrize(
     ("name", "participants"),
-    [*zip(ALLOCATIONS, itertools.repeat(None)), ("ratios", 2), ("thresholds", 2)],
+    [
+        slow(name, count)
+        if count and name not in ("ratios", "thresholds")
+        else (name, count)
+        for name, count in itertools.product(ALLOCATIONS, (None, 2))
+    ],
 )
 def test_what_is_sent_and_the_new_error_are_what_entered(name, participants):
     tx = gcjax.parameter_server(ALLOCATIONS[name](), SHARES, participants=participants)
@@ -145,8 +150,8 @@ def test_a_table_says_who_takes_part_and_absent_workers_lose_nothing():
     [
         ("ratios", "server"),
         ("ratios", "all"),
-        pytest.param("thresholds", "server", marks=pytest.mark.slow),
-        pytest.param("pairs", "server", marks=pytest.mark.slow),
+        slow("thresholds", "server"),
+        slow("pairs", "server"),
     ],
 )
 def test_devices_send_what_simulated_workers_count(name, to):
@@ -175,8 +180,8 @@ def test_devices_send_what_simulated_workers_count(name, to):
     "options",
     [
         dict(download=gcjax.top_k(0.05)),
-        pytest.param(dict(download=gcjax.cast()), marks=pytest.mark.slow),
-        pytest.param(dict(opwa=(2.0, 1)), marks=pytest.mark.slow),
+        slow(dict(download=gcjax.cast())),
+        slow(dict(opwa=(2.0, 1))),
         dict(participants=2),
     ],
     ids=lambda o: next(iter(o)),

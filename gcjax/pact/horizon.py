@@ -242,10 +242,14 @@ def follow(
         m, c = n, int(tables.destination[a])
 
 
+def carried_out(real: Problem, plan: Plan) -> Plan:
+    """A whole plan with other curves."""
+    tables = tabulate(real)
+    return replay(real, choices_of(real, plan.steps, tables), tables)
+
+
 def until_met(real: Problem, plan: Plan) -> Plan:
     """A plan carried out with other curves until the target is met, or to its end."""
-    tables = tabulate(real)
-    done = replay(real, choices_of(real, plan.steps, tables), tables)
-    goal = real.max_loss
+    done, goal = carried_out(real, plan), real.max_loss
     met = next((i for i, s in enumerate(done.steps) if s.loss <= goal), len(done.steps))
-    return replay(real, choices_of(real, done.steps[: met + 1], tables), tables)
+    return carried_out(real, dataclasses.replace(plan, steps=done.steps[: met + 1]))
