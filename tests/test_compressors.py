@@ -879,7 +879,7 @@ def test_collectives_stand_in_one_file(module):
         if isinstance(node, ast.ImportFrom):
             names |= {alias.name for alias in node.names}
     # The second one's are over problems that are solved side by side, not over workers.
-    wanted = module in ("gcjax.aggregate", "gcjax.pact.cells")
+    wanted = module in ("gcjax.collectives", "gcjax.pact.cells")
     assert bool(names & COLLECTIVES) == wanted
 
 
