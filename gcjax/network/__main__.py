@@ -42,7 +42,7 @@ def main() -> None:
     )
     codecs = {
         name: measure.measure_codec(made, params, n, axis_name=experiment.AXIS)
-        for name, made in survey.aggregators(config).items()
+        for name, made in survey.aggregators(config, task).items()
     }
     print(survey.table(codecs, n, links, compute))
     print(

@@ -32,13 +32,25 @@ def scattered(compressor: Any) -> Aggregator:
     return exchange.compressed_mean(compressor, collective="reduce_scatter")
 
 
-def aggregators(config: ml_collections.ConfigDict) -> dict[str, Aggregator]:
-    """All families, and the config's own methods."""
+def aggregators(
+    config: ml_collections.ConfigDict, task: tasks.Task
+) -> dict[str, Aggregator]:
+    """All families, and the config's own methods.
+
+    Raises:
+      ValueError: for a parameter server, whose workers are not alike.
+    """
     made = {name: make() for name, make in FAMILIES.items()}
+    p = experiment.weights(config, task)
     for method in config.methods:
         if method != "dense":
-            label = results.label(config, method)
-            made[label] = experiment.build_aggregator(config, method)
+            own = experiment.build_aggregator(config, method, p)
+            if own.exchange.weights is not None:
+                raise ValueError(
+                    f"config.aggregator = {config.aggregator!r}: only exchanges among "
+                    "equal workers are surveyed; of uploads see gcjax.network.rounds"
+                )
+            made[results.label(config, method)] = own
     return made
 
 
