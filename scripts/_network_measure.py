@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import selectors
-import socket
 import subprocess
 import sys
 import time
@@ -108,7 +107,7 @@ class Side:
         self.name, self.network = name, network
         self.log = folder / f"{name}.log"
         host = network.address(0)
-        address = f"{host}:{_free_port()}"
+        address = f"{host}:{cluster.free_port()}"
         environment = os.environ | SETTINGS
         if not isinstance(network, Loopback):
             environment |= {"GLOO_SOCKET_IFNAME": "eth0"}  # only PyTorch looks at it
@@ -184,12 +183,6 @@ class Side:
 
     def _last_lines(self) -> str:
         return "\n".join(self.log.read_text().splitlines()[-12:])
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
 
 
 # --- Measurement. ---------------------------------------------------------------------
