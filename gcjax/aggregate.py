@@ -412,10 +412,10 @@ def exchanged(
     keys = Keys(jax.random.fold_in(key, 0), worker)
 
     def compressed(x: jax.Array):
-        out = options.exchange.mean(
+        mean = lambda x: options.exchange.mean(
             layout, x, fresh, small, levels, states, keys, lengths(options, layout)
         )
-        return _with_uncompressed_layers(options, layout, x, levels, out)
+        return _with_uncompressed_layers(options, layout, x, levels, mean)
 
     def uncompressed(x: jax.Array):
         layers = [m.reshape(-1) for m in layout.unflatten(x)]
@@ -432,12 +432,17 @@ def exchanged(
     return lax.cond(dense, uncompressed, compressed, x)
 
 
-def _with_uncompressed_layers(options: Options, layout: Layout, x, levels, out):
-    """Adds the layers that travel uncompressed to what an exchange returned."""
+def _with_uncompressed_layers(
+    options: Options, layout: Layout, x, levels, exchange: Callable
+):
+    """What an exchange makes of x, but for the layers that travel uncompressed."""
     if options.selector is None or not options.selector.dense:
-        return out
-    mean, small, sent, states, sent_words = out
+        return exchange(x)
     dense, sizes = levels == DENSE, layout.sizes
+    of_row = dense[layout.row_layer][:, None]
+    passed = jnp.where(of_row, x.reshape(-1, layout.row), 0).reshape(-1)
+    # A compressor of one level sends every layer; of zeros it makes zeros.
+    mean, small, sent, states, sent_words = exchange(x - passed)
     lengths = jnp.where(dense, jnp.asarray(sizes, jnp.int32), 0)
     start = jnp.cumsum(lengths) - lengths
     # Each layer is written at its offset; those that are not sent are overwritten by
@@ -460,8 +465,6 @@ def _with_uncompressed_layers(options: Options, layout: Layout, x, levels, out):
         jnp.where(yes, lax.dynamic_slice(buffer, (at,), (int(n),)), 0)
         for yes, at, n in zip(dense, start, sizes, strict=True)
     ]
-    of_row = dense[layout.row_layer][:, None]
-    passed = jnp.where(of_row, x.reshape(-1, layout.row), 0).reshape(-1)
     mean, sent = mean + layout.flatten(parts), sent + passed
     return mean, small, sent, states, sent_words + words
 

@@ -207,7 +207,7 @@ class Compressor(NamedTuple):
     errors: Callable  # (layout, x) -> float32[L, V], squared error at every level
     init: Callable  # layout -> state of one worker, e.g. the thresholds of last step
     # (layout, x, levels, keys, state) -> (units, x_hat float32[size], state), whatever
-    # in the padding. A layer at level -1 is not sent.
+    # in the padding. A layer at level -1 is zeros; of several levels, none is sent.
     encode: Callable
     # (layout, units, levels, capacity) -> (message uint32[capacity], shared). A shorter
     # message is a prefix; `shared` is what all know without sending it, () where
@@ -287,7 +287,7 @@ class Exchange(NamedTuple):
     init_worker: Callable  # layout -> state of each worker for itself
     # (layout, x, gradient, small, levels, (state, own state), keys, capacities) ->
     # (mean, mean of small, sent, both states, Words). `gradient` is x less the error.
-    # `small` float32[any] is not compressed. A layer at level -1 is not sent.
+    # `small` float32[any] is not compressed. A layer at level -1 is zeros.
     mean: Callable
     # Of a mean that is not plain: each worker's weight, adding up to 1.
     weights: tuple[float, ...] | None = None
