@@ -1,4 +1,4 @@
-"""Aggregators: local gradients in, their mean out. All collectives stand here."""
+"""Aggregators: local gradients in, their mean out."""
 
 import functools
 from collections.abc import Callable
@@ -21,80 +21,12 @@ from gcjax.base import (
     PerWorker,
     Problem,
     Selector,
-    Words,
     WorkerState,
 )
+from gcjax.collectives import all_reduce, no_words, switch
 from gcjax.workers import checked
 
 DENSE = -1  # the level of a layer that travels uncompressed
-
-
-# --- Collectives: all there are. ------------------------------------------------------
-
-
-def gather(x: jax.Array, axis_name: str, name: str) -> tuple[jax.Array, Words]:
-    """All workers' arrays, stacked. One worker sends (N - 1) times its size."""
-    to = {"to": "invarying"} if checked(axis_name) else {}
-    with _declared(name, x):
-        return lax.all_gather(x, axis_name, **to), no_words()._replace(gathered=size(x))
-
-
-def all_reduce(x: jax.Array, axis_name: str, name: str) -> tuple[jax.Array, Words]:
-    """Mean over workers. One worker sends 2 (N - 1) / N times the size (a ring)."""
-    with _declared(name, x):
-        total = lax.psum(x, axis_name) / lax.axis_size(axis_name)
-    return total, no_words()._replace(reduced=size(x))
-
-
-def scatter(x: jax.Array, axis_name: str, name: str) -> tuple[jax.Array, Words]:
-    """Sends x[j] to worker j; [i] of the result is what worker i sent here.
-
-    One worker sends (N - 1) / N times the size of x.
-    """
-    with _declared(name, x):
-        received = lax.all_to_all(x, axis_name, 0, 0, tiled=True)
-    return received, no_words()._replace(scattered=size(x))
-
-
-def pass_on(x: jax.Array, axis_name: str, name: str) -> tuple[jax.Array, Words]:
-    """Sends x to the next worker of a ring and receives the one before's."""
-    count = lax.axis_size(axis_name)
-    ring = [(i, (i + 1) % count) for i in range(count)]
-    with _declared(name, x):
-        return lax.ppermute(x, axis_name, ring), no_words()._replace(permuted=size(x))
-
-
-def send(x: jax.Array, source: int, target: int, axis_name: str, name: str):
-    """Sends x from one worker to one other; all others receive zeros.
-
-    What is counted is the caller's affair: the one sends, not all.
-    """
-    with _declared(name, x):
-        return lax.ppermute(x, axis_name, [(source, target)])
-
-
-def every_workers(x: jax.Array, axis_name: str) -> jax.Array:
-    """All workers' arrays, stacked, without a message: where workers are simulated."""
-    return lax.all_gather(x, axis_name)
-
-
-def size(x: jax.Array) -> jax.Array:
-    """Size of an array in 32-bit words, int32."""
-    return jnp.int32(_words(x))
-
-
-def no_words() -> Words:
-    """What one worker contributed where nothing was sent."""
-    return Words(*[jnp.int32(0)] * len(Words._fields))
-
-
-def _words(x: jax.Array) -> int:
-    return -(-x.size * x.dtype.itemsize * 8 // wire.WORD)
-
-
-def _declared(name: str, x: jax.Array):
-    """Names a collective and what is counted for it, for `wire_report` to find."""
-    return jax.named_scope(f"gcjax:{name}:words={_words(x)}")
 
 
 # --- The aggregator: an optax transformation around an exchange. ----------------------
@@ -480,10 +412,10 @@ def exchanged(
     keys = Keys(jax.random.fold_in(key, 0), worker)
 
     def compressed(x: jax.Array):
-        out = options.exchange.mean(
+        mean = lambda x: options.exchange.mean(
             layout, x, fresh, small, levels, states, keys, lengths(options, layout)
         )
-        return _with_uncompressed_layers(options, layout, x, levels, out)
+        return _with_uncompressed_layers(options, layout, x, levels, mean)
 
     def uncompressed(x: jax.Array):
         layers = [m.reshape(-1) for m in layout.unflatten(x)]
@@ -500,12 +432,17 @@ def exchanged(
     return lax.cond(dense, uncompressed, compressed, x)
 
 
-def _with_uncompressed_layers(options: Options, layout: Layout, x, levels, out):
-    """Adds the layers that travel uncompressed to what an exchange returned."""
+def _with_uncompressed_layers(
+    options: Options, layout: Layout, x, levels, exchange: Callable
+):
+    """What an exchange makes of x, but for the layers that travel uncompressed."""
     if options.selector is None or not options.selector.dense:
-        return out
-    mean, small, sent, states, sent_words = out
+        return exchange(x)
     dense, sizes = levels == DENSE, layout.sizes
+    of_row = dense[layout.row_layer][:, None]
+    passed = jnp.where(of_row, x.reshape(-1, layout.row), 0).reshape(-1)
+    # A compressor of one level sends every layer; of zeros it makes zeros.
+    mean, small, sent, states, sent_words = exchange(x - passed)
     lengths = jnp.where(dense, jnp.asarray(sizes, jnp.int32), 0)
     start = jnp.cumsum(lengths) - lengths
     # Each layer is written at its offset; those that are not sent are overwritten by
@@ -528,22 +465,8 @@ def _with_uncompressed_layers(options: Options, layout: Layout, x, levels, out):
         jnp.where(yes, lax.dynamic_slice(buffer, (at,), (int(n),)), 0)
         for yes, at, n in zip(dense, start, sizes, strict=True)
     ]
-    of_row = dense[layout.row_layer][:, None]
-    passed = jnp.where(of_row, x.reshape(-1, layout.row), 0).reshape(-1)
     mean, sent = mean + layout.flatten(parts), sent + passed
     return mean, small, sent, states, sent_words + words
-
-
-def switch(needed: jax.Array, ladder: list[int], at_capacity: Callable, *args: Any):
-    """Calls `at_capacity` with the least capacity of a ladder that suffices.
-
-    The index must be the same on all workers: a collective stands in the branch.
-    """
-    if len(ladder) == 1:
-        return at_capacity(ladder[0], *args)
-    branches = [lambda *a, c=c: at_capacity(c, *a) for c in ladder]
-    index = jnp.searchsorted(jnp.array(ladder, jnp.int32), needed)
-    return lax.switch(index, branches, *args)
 
 
 def default_levels(options: Options, layout: Layout) -> np.ndarray:

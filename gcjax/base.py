@@ -27,7 +27,7 @@ whose length (*capacity*) comes from a static ladder through `lax.switch`.
 
 *Aggregator*: the optax transformation around an exchange: local gradients in, their
 mean out. It owns error feedback, the dense buffer, the skipping of non-finite steps and
-the re-selection of levels. `aggregate.py`, where all collectives stand too.
+the re-selection of levels: `aggregate.py`. All collectives stand in `collectives.py`.
 
 *Selector*: tables in, levels out, `Selector` below.
 
@@ -47,8 +47,8 @@ code of its own:
    `exchange.compressed_mean`:
    `Compressor.encode`, in `sparsify.random_k`: threshold (`largest`), mask, x_hat;
    `Compressor.pack`, `sparsify._pack_values` with `wire.positions`;
-   `aggregate.switch` to a capacity, and in its branch one collective,
-   `aggregate.all_reduce` or `aggregate.gather`, with the small tensors in it, and
+   `collectives.switch` to a capacity, and in its branch one collective,
+   `collectives.all_reduce` or `collectives.gather`, with the small tensors in it, and
    `Compressor.decode`, `sparsify._decode_values`, to the mean.
 5. `update` again: `aggregate.part_small`; new error = what entered the compressor -
    what was sent; the mean goes back into the tree, and on to the optax optimizer.
@@ -61,7 +61,7 @@ dealt out to the workers (`exchange._mean_by_shares`, two collectives);
 **A weighted mean by a parameter server**: `server.parameter_server`, whose `mean` asks
 an `Allocation` (`allocation.py`) how many entries, or which threshold, each worker is
 granted (`server._select`), sends every upload by itself (`server._receive`, with
-`aggregate.send`), adds up at the server and sends the sum back (`server._send_back`).
+`collectives.send`), adds up at the server and sends the sum back (`server._send_back`).
 Which ratios are wise, `selectors/workers.py` says, and `splits.py` who has which data.
 
 **The path of the levels**: `aggregate.reselect`, every so often: `Exchange.errors` ->
@@ -207,7 +207,7 @@ class Compressor(NamedTuple):
     errors: Callable  # (layout, x) -> float32[L, V], squared error at every level
     init: Callable  # layout -> state of one worker, e.g. the thresholds of last step
     # (layout, x, levels, keys, state) -> (units, x_hat float32[size], state), whatever
-    # in the padding. A layer at level -1 is not sent.
+    # in the padding. A layer at level -1 is zeros; of several levels, none is sent.
     encode: Callable
     # (layout, units, levels, capacity) -> (message uint32[capacity], shared). A shorter
     # message is a prefix; `shared` is what all know without sending it, () where
@@ -287,7 +287,7 @@ class Exchange(NamedTuple):
     init_worker: Callable  # layout -> state of each worker for itself
     # (layout, x, gradient, small, levels, (state, own state), keys, capacities) ->
     # (mean, mean of small, sent, both states, Words). `gradient` is x less the error.
-    # `small` float32[any] is not compressed. A layer at level -1 is not sent.
+    # `small` float32[any] is not compressed. A layer at level -1 is zeros.
     mean: Callable
     # Of a mean that is not plain: each worker's weight, adding up to 1.
     weights: tuple[float, ...] | None = None

@@ -256,7 +256,7 @@ def launch(argv: Sequence[str], processes: int, rate: str | None = None) -> int:
     # What ends the program is an exception from here on, so that `finally` is reached.
     with _signals_raise(), network:
         host = "127.0.0.1" if rate is None else network.address(0)
-        coordinator = f"{host}:{_free_port()}"
+        coordinator = f"{host}:{free_port()}"
         commands = []
         for rank in range(processes):
             command = [
@@ -380,7 +380,8 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 

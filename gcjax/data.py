@@ -10,7 +10,6 @@ Plain files (`*.npz`, of images with the arrays x_train, y_train, x_test, y_test
 published checksum.
 """
 
-import functools
 import gzip
 import hashlib
 import http.client
@@ -29,7 +28,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-Paths = dict[str, Path]  # of the files of a data set, by their names in `LAYOUTS`
+Paths = dict[str, Path]  # of the files of a data set, by their names in `FORMS`
 
 
 class Source(NamedTuple):
@@ -39,7 +38,7 @@ class Source(NamedTuple):
     md5: str  # 32 hexadecimal digits
 
 
-class Layout(NamedTuple):
+class Form(NamedTuple):
     """One form in which a data set may lie in a folder."""
 
     files: tuple[str, ...]  # relative to the data folder; all are needed
@@ -163,14 +162,14 @@ def _folders(data_dir: str | os.PathLike | None) -> list[Path]:
 def _read(name: str, folders: list[Path]) -> dict[str, Any]:
     """Reads a data set from the first folder that has it, else fetches it."""
     for folder in folders:
-        for layout in LAYOUTS[name]:  # plain files before archives
-            paths = {file: folder / file for file in layout.files}
+        for form in FORMS[name]:  # plain files before archives
+            paths = {file: folder / file for file in form.files}
             if all(path.is_file() for path in paths.values()):
-                return _parse(layout, paths)
-    layout = LAYOUTS[name][-1]  # the official form stands last
-    if not set(layout.files) <= set(DOWNLOADS):
+                return _parse(form, paths)
+    form = FORMS[name][-1]  # the official form stands last
+    if not set(form.files) <= set(DOWNLOADS):
         raise FileNotFoundError(_advice(name, folders, "no address to fetch it from"))
-    paths = {file: folders[0] / file for file in layout.files}
+    paths = {file: folders[0] / file for file in form.files}
     for file, path in paths.items():
         if path.is_file():
             continue
@@ -179,12 +178,12 @@ def _read(name: str, folders: list[Path]) -> dict[str, Any]:
         except (OSError, http.client.HTTPException) as error:
             reason = f"fetching {DOWNLOADS[file].url} failed: {_one_line(error)}"
             raise FileNotFoundError(_advice(name, folders, reason)) from error
-    return _parse(layout, paths)
+    return _parse(form, paths)
 
 
 def _advice(name: str, folders: list[Path], reason: str) -> str:
     """Says in one line what was looked for, and what to put where."""
-    files = " or ".join(" + ".join(layout.files) for layout in LAYOUTS[name])
+    files = " or ".join(" + ".join(form.files) for form in FORMS[name])
     places = ", ".join(map(str, folders))
     return (
         f"data set {name} not found in {places} ({reason}): put {files} into one of "
@@ -243,7 +242,7 @@ def _one_line(error: BaseException) -> str:
 # Reading
 
 
-def _parse(layout: Layout, paths: Paths) -> dict[str, Any]:
+def _parse(form: Form, paths: Paths) -> dict[str, Any]:
     """Reads files; an error names the file and says what to do about it."""
     for file, path in paths.items():
         # Plain text stays unchecked here, so that an edited text may be used.
@@ -252,7 +251,7 @@ def _parse(layout: Layout, paths: Paths) -> dict[str, Any]:
                 reason = f"md5 {found}, not {DOWNLOADS[file].md5}"
                 raise ValueError(f"{path} is damaged ({reason}): {_REMEDY}")
     try:
-        return layout.read(paths)
+        return form.read(paths)
     except MemoryError:
         raise
     except Exception as error:  # a broken archive fails in many ways
@@ -394,30 +393,30 @@ def _read_wikitext_zip(paths: Paths) -> dict[str, str]:
 _CIFAR10 = [f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)]
 _CIFAR10 += ["cifar-10-batches-py/test_batch"]
 _CIFAR100 = ["cifar-100-python/train", "cifar-100-python/test"]
-LAYOUTS: dict[str, tuple[Layout, ...]] = {
+FORMS: dict[str, tuple[Form, ...]] = {
     "fashion_mnist": (
-        Layout(("fashion_mnist.npz",), _read_npz),
-        Layout(tuple(file for file in DOWNLOADS if "idx" in file), _read_idx),
+        Form(("fashion_mnist.npz",), _read_npz),
+        Form(tuple(file for file in DOWNLOADS if "idx" in file), _read_idx),
     ),
     "cifar10": (
-        Layout(("cifar10.npz",), _read_npz),
-        Layout(("cifar-10-python.tar.gz",), _read_cifar(b"labels", _CIFAR10)),
+        Form(("cifar10.npz",), _read_npz),
+        Form(("cifar-10-python.tar.gz",), _read_cifar(b"labels", _CIFAR10)),
     ),
     "cifar100": (
-        Layout(("cifar100.npz",), _read_npz),
-        Layout(("cifar-100-python.tar.gz",), _read_cifar(b"fine_labels", _CIFAR100)),
+        Form(("cifar100.npz",), _read_npz),
+        Form(("cifar-100-python.tar.gz",), _read_cifar(b"fine_labels", _CIFAR100)),
     ),
-    "cifar100_subset": (Layout(("cifar100_subset.npz",), _read_npz),),
+    "cifar100_subset": (Form(("cifar100_subset.npz",), _read_npz),),
     "wikitext2": (
-        Layout(
+        Form(
             tuple(f"wikitext2/{part}.txt" for part in ("train", "valid", "test")),
             _read_text,
         ),
-        Layout(("wikitext-2-v1.zip",), _read_wikitext_zip),
+        Form(("wikitext-2-v1.zip",), _read_wikitext_zip),
     ),
-    "tinyshakespeare": (Layout(("tinyshakespeare/input.txt",), _read_text),),
-    "shakespeare_roles": (Layout(("shakespeare_roles/by_role.json",), _read_roles),),
-    "wisdm": (Layout(("wisdm/wisdm.npz",), _read_wisdm),),
+    "tinyshakespeare": (Form(("tinyshakespeare/input.txt",), _read_text),),
+    "shakespeare_roles": (Form(("shakespeare_roles/by_role.json",), _read_roles),),
+    "wisdm": (Form(("wisdm/wisdm.npz",), _read_wisdm),),
 }
 
 
@@ -472,131 +471,3 @@ def _index_roles(texts: dict[str, str]) -> dict[str, Any]:
         "roles": list(texts),
         "vocab": joined["vocab"],
     }
-
-
-# Preparing
-
-
-def channel_statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Computes mean and standard deviation of each channel, float32 [1, 1, 1, c].
-
-    Args:
-      x: Images, uint8 [n, h, w, c].
-    """
-    # By histograms: exact, and without a copy of all images as floats.
-    counts = [np.bincount(x[..., c].ravel(), minlength=256) for c in range(x.shape[-1])]
-    share = np.array(counts) / (x.size // x.shape[-1])
-    mean = share @ np.arange(256)
-    var = np.sum(share * (np.arange(256) - mean[:, None]) ** 2, -1)
-    std = np.sqrt(var) + 1e-6  # a channel may be constant
-    return tuple(v.astype(np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
-
-
-def windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
-    """Cuts a text [n] into windows [n', seq_len + 1]; each starts where the last ends.
-
-    Raises:
-      ValueError: The text is shorter than a window.
-    """
-    n = (len(tokens) - 1) // seq_len
-    if n < 1:
-        raise ValueError(f"{len(tokens)} tokens are too few for {seq_len=}")
-    return tokens[np.arange(n)[:, None] * seq_len + np.arange(seq_len + 1)]
-
-
-def sampler(
-    size: int, seed: int, num_workers: int, batch_size: int
-) -> Callable[[int], np.ndarray]:
-    """Makes a pure function step -> sample numbers, int64 [num_workers, batch_size].
-
-    Each epoch is a permutation drawn from (seed, epoch), so that workers get disjoint
-    shares; what does not fill a step at its end is left out.
-
-    Args:
-      size: Number of samples.
-      seed: Not negative.
-      num_workers: Number of workers.
-      batch_size: Samples per worker and step.
-
-    Raises:
-      ValueError: Not enough samples for one step.
-    """
-    per_step = num_workers * batch_size
-    if not 1 <= per_step <= size:
-        raise ValueError(
-            f"num_workers * batch_size must be in [1, {size}], the number of training "
-            f"samples, got {num_workers} * {batch_size}"
-        )
-
-    @functools.lru_cache(maxsize=2)  # only to save time
-    def permutation(epoch):
-        return np.random.default_rng((seed, 0, epoch)).permutation(size)
-
-    def pick(step):
-        epoch, part = divmod(int(step), size // per_step)
-        index = permutation(epoch)[part * per_step : (part + 1) * per_step]
-        return index.reshape(num_workers, batch_size)
-
-    return pick
-
-
-def shard_sampler(
-    shards: list[np.ndarray], seed: int, batch_size: int
-) -> Callable[[int], np.ndarray]:
-    """Makes a pure function step -> sample numbers, int64 [num_workers, batch_size].
-
-    Every worker goes through its own shard, in a permutation drawn from (seed, worker,
-    epoch) for each epoch, and begins the next one in the middle of a batch: a worker
-    with few samples sees them more often than one with many.
-
-    Args:
-      shards: Sample numbers of each worker, none empty.
-      seed: Not negative.
-      batch_size: Samples per worker and step.
-
-    Raises:
-      ValueError: for an empty shard, or a batch size below 1.
-    """
-    sizes = np.array([len(shard) for shard in shards])
-    if batch_size < 1 or sizes.min() < 1:
-        raise ValueError(
-            f"every worker needs a sample and batch_size must be >= 1, got {batch_size}"
-            f" and {sizes.min()} samples for worker {sizes.argmin()}"
-        )
-
-    # Only to save time; a batch of a tiny shard spans many epochs.
-    @functools.lru_cache(maxsize=len(shards) + 2 * batch_size)
-    def permutation(worker, epoch):
-        return np.random.default_rng((seed, 3, worker, epoch)).permutation(
-            shards[worker]
-        )
-
-    def pick(step):
-        at = int(step) * batch_size + np.arange(batch_size)
-        rows = []
-        for worker, size in enumerate(sizes):
-            epochs = range(at[0] // size, at[-1] // size + 1)
-            joined = np.concatenate([permutation(worker, int(e)) for e in epochs])
-            rows.append(joined[at - epochs[0] * size])
-        return np.stack(rows)
-
-    return pick
-
-
-def shift_and_mirror(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shifts images [N, B, h, w, c] by up to 4 pixels, and mirrors half of them.
-
-    Black pixels move in. It is the usual crop after padding with 4 pixels.
-
-    References:
-      He, Zhang, Ren and Sun, 2015, Deep Residual Learning for Image Recognition,
-      arXiv:1512.03385, section 4.2.
-    """
-    padded = np.pad(x, ((0, 0), (0, 0), (4, 4), (4, 4), (0, 0)))
-    shape, (h, w) = x.shape[:2], x.shape[2:4]
-    rows = rng.integers(0, 9, shape)[..., None] + np.arange(h)
-    columns = rng.integers(0, 9, shape)[..., None] + np.arange(w)
-    mirror = rng.random(shape) < 0.5
-    columns = np.where(mirror[..., None], columns[..., ::-1], columns)
-    worker, sample = (i[..., None, None] for i in np.indices(shape))
-    return padded[worker, sample, rows[..., None], columns[..., None, :]]

@@ -13,17 +13,9 @@ import numpy as np
 from jax import lax
 
 from gcjax import base, wire
-from gcjax.aggregate import (
-    aggregator,
-    all_reduce,
-    gather,
-    nearest_admitted,
-    no_words,
-    pass_on,
-    scatter,
-    switch,
-)
+from gcjax.aggregate import aggregator, nearest_admitted
 from gcjax.base import Aggregator, Compressor, Exchange, Layout, Rows
+from gcjax.collectives import all_reduce, gather, no_words, pass_on, scatter, switch
 from gcjax.compressors import low_rank, quantize
 from gcjax.workers import as_local
 

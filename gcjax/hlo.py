@@ -1,7 +1,7 @@
 """What a compiled step really sends, beside what it declares.
 
 Three texts describe a step's collectives: the jaxpr, as the step was written, with the
-named scopes in which `aggregate` declares what it counts; the compiled program, whose
+named scopes in which `collectives` declares what it counts; the compiled program, whose
 compiler may have widened types, combined, added or dropped collectives; and the bits
 that `Info.words` reports. `wire_report` reads the first two, and so checks the third.
 """

@@ -34,7 +34,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _SHOWN = ("experiment", "seed", "methods", "aggregator", "data_dir", "resume")
 _SHOWN += ("log_every", "checkpoint_every")
 # Okabe and Ito's colours, which the colour-blind can tell apart; dense is black.
-_COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _UNITS = dict(top_k="density", random_k="density", qsgd="bits", power_sgd="rank")
 _RATIOS = ("compression_ratio", "compression_ratio_bf16")
 
@@ -470,7 +470,7 @@ def _varies(record: Record) -> bool:
 def _curves(ax: Axes, groups: list[Row]) -> None:
     """Metric against bits: for each row the mean over seeds and their range."""
     several = len({family(row[0]) for row in groups} - {""}) > 1
-    colours = iter(_COLOURS * len(groups))
+    colours = iter(COLOURS * len(groups))
     for i, row in enumerate(groups):
         dense = row[0]["method"] == "dense"
         style = {"color": "black" if dense else next(colours)}

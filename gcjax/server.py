@@ -12,17 +12,10 @@ import numpy as np
 from jax import lax
 
 from gcjax import wire
-from gcjax.aggregate import (
-    aggregator,
-    every_workers,
-    gather,
-    no_words,
-    send,
-    size,
-    switch,
-)
+from gcjax.aggregate import aggregator
 from gcjax.allocation import Allocation, view
 from gcjax.base import Aggregator, Compressor, Exchange, Keys, Layout
+from gcjax.collectives import every_workers, gather, no_words, send, size, switch
 from gcjax.compressors import sparsify
 from gcjax.workers import checked
 

@@ -18,6 +18,13 @@ import numpy as np
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from gcjax import data, models, splits
+from gcjax.batches import (
+    channel_statistics,
+    sampler,
+    shard_sampler,
+    shift_and_mirror,
+    windows,
+)
 
 Batch = dict[str, Any]  # arrays with a leading axis of samples
 
@@ -69,7 +76,7 @@ def image_classification(
       validation_size: Evaluate on so many training images, the last ones, which are
         held out of training, in the place of the test images: for decisions that are
         made while training runs. 0: on the test images.
-      augment: Apply `data.shift_and_mirror`, drawn from (seed, step): for CIFAR.
+      augment: Apply `batches.shift_and_mirror`, drawn from (seed, step): for CIFAR.
       norm: "group" or "batch", for vgg11 and resnet18, where None means "group". The
         running statistics of "batch" are the model_state.
       split: Which images each worker has, from `gcjax.splits`.
@@ -87,7 +94,7 @@ def image_classification(
     shape, classes = images["x_train"].shape[1:], int(images["y_train"].max()) + 1
     if model in ("cnn4", "cnn4_wide", "lenet") and min(shape[:2]) < 16:
         raise ValueError(f"{model} needs images of 16x16 or more; {dataset}: {shape}")
-    mean, std = data.channel_statistics(images["x_train"])
+    mean, std = channel_statistics(images["x_train"])
     train, test = (
         {k: _first(images[f"{k}_{part}"], size, f"{part}_size") for k in "xy"}
         for part, size in (("train", train_size), ("test", test_size))
@@ -210,8 +217,8 @@ def language_model(
         valid = {"tokens": valid["tokens"][order[:most]]}
     else:
         end = None if eval_tokens is None else eval_tokens + 1
-        train = {"tokens": data.windows(text["train"], seq_len)}
-        valid = {"tokens": data.windows(text["valid"][:end], seq_len)}
+        train = {"tokens": windows(text["train"], seq_len)}
+        valid = {"tokens": windows(text["valid"][:end], seq_len)}
         samples = splits.Samples(np.zeros(len(train["tokens"]), np.int64))
     sizes = (len(text["vocab"]), d_model, num_layers, num_heads, seq_len)
     init, apply = models.functional(lambda rngs: models.Transformer(*sizes, tied, rngs))
@@ -229,18 +236,18 @@ def language_model(
 def _role_windows(text, part: str, seq_len: int) -> tuple[Batch, splits.Samples]:
     """Windows of every role that has one; the role is the user, the play the label."""
     plays = sorted({role.split("/")[0] for role in text["roles"]})
-    windows, labels, users = [], [], []
+    parts, labels, users = [], [], []
     for user, (role, tokens) in enumerate(zip(text["roles"], text[part], strict=True)):
         if len(tokens) > seq_len:
-            windows.append(data.windows(tokens, seq_len))
-            labels += [plays.index(role.split("/")[0])] * len(windows[-1])
-            users += [user] * len(windows[-1])
-    if not windows:
+            parts.append(windows(tokens, seq_len))
+            labels += [plays.index(role.split("/")[0])] * len(parts[-1])
+            users += [user] * len(parts[-1])
+    if not parts:
         raise ValueError(
             f"no role has the {seq_len + 1} tokens of a window; {seq_len=}"
         )
     samples = splits.Samples(np.array(labels), np.array(users))
-    return {"tokens": np.concatenate(windows)}, samples
+    return {"tokens": np.concatenate(parts)}, samples
 
 
 def _task(
@@ -282,16 +289,16 @@ def _task(
     def batches(seed, num_workers, batch_size):
         if shards is not None:
             owned = shards(seed, num_workers)
-            pick = data.shard_sampler(owned, seed, batch_size)
+            pick = shard_sampler(owned, seed, batch_size)
         else:
             size = len(next(iter(train.values())))
-            pick = data.sampler(size, seed, num_workers, batch_size)
+            pick = sampler(size, seed, num_workers, batch_size)
 
         def batch(step):
             picked = {name: array[pick(step)] for name, array in train.items()}
             if augment:
                 rng = np.random.default_rng((seed, 1, int(step)))
-                picked["x"] = data.shift_and_mirror(picked["x"], rng)
+                picked["x"] = shift_and_mirror(picked["x"], rng)
             return picked
 
         return batch

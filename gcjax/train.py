@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from gcjax import (
-    aggregate,
     checkpoint,
     cluster,
+    collectives,
     experiment,
     results,
     splits,
@@ -88,7 +88,7 @@ def worker_step(
     if jax.tree.leaves(model_state):
         # Batch statistics differ from worker to worker; their mean is shared.
         means = jax.tree.map(
-            lambda x: aggregate.all_reduce(x, AXIS, "model_state"), model_state
+            lambda x: collectives.all_reduce(x, AXIS, "model_state"), model_state
         )
         is_pair = lambda x: isinstance(x, tuple)
         model_state = jax.tree.map(lambda p: p[0], means, is_leaf=is_pair)
@@ -99,7 +99,7 @@ def worker_step(
         share = np.zeros(positions, np.float32)
         share[: len(weights)] = np.array(weights) * positions
         loss *= jnp.asarray(share)[lax.axis_index(AXIS)]
-    loss, more = aggregate.all_reduce(loss, AXIS, "loss")
+    loss, more = collectives.all_reduce(loss, AXIS, "loss")
     words += more
     new = RunState(
         optax.apply_updates(state.params, updates),

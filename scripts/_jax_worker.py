@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _network_worker as shared  # noqa: E402
 
 import gcjax  # noqa: E402
-from gcjax import aggregate, experiment, results  # noqa: E402
+from gcjax import collectives, experiment, results  # noqa: E402
 
 AXIS = "workers"
 _NAMES = experiment.AGGREGATORS | experiment.SELECTORS | {"adapt": gcjax.adapt}
@@ -80,7 +80,7 @@ def main() -> None:
                 gcjax.as_local(params, AXIS), *batch
             )
             updates, opt_state = tx.update(grads, opt_state, params)
-            words = aggregate.no_words()
+            words = collectives.no_words()
             if exchanges:
                 words = optax.tree.get(opt_state, "info").words
             return optax.apply_updates(params, updates), opt_state, value, words

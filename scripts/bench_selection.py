@@ -43,7 +43,7 @@ def median_ms(fn, *args) -> float:
     return 1e3 * float(np.median(times))
 
 
-def costs(config, task, family: str) -> dict[str, float]:
+def costs(task, family: str) -> dict[str, float]:
     """Milliseconds of each part of a selection, for one worker."""
     text, default = FAMILIES[family]
     made = experiment.call(text, experiment.AGGREGATORS, "aggregator")
@@ -98,7 +98,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for family in FAMILIES:
-        c = costs(config, task, family)
+        c = costs(task, family)
         share = lambda ms: ms / (config.every * step)
         parts = [snapshot_steps * c["snapshot"], c["table"], c["lagrangian"]]
         shares = [*map(share, parts), share(sum(parts))]

@@ -70,7 +70,7 @@ def figure(records: list[dict], rate: str) -> Figure:
         ax.plot(
             record["eval_seconds"],
             100 * values if record["metric"] == "accuracy" else values,
-            color="black" if dense else report._COLOURS[i % len(report._COLOURS)],
+            color="black" if dense else report.COLOURS[i % len(report.COLOURS)],
             ls="--" if dense else "-",
             marker="xosD^vP*"[i % 8],
             ms=4,

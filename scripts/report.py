@@ -10,8 +10,8 @@ from absl import flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import _network_report  # noqa: E402
 import bench_codecs  # noqa: E402
-import bench_network  # noqa: E402
 import bench_time_to_accuracy  # noqa: E402
 import bench_uploads  # noqa: E402
 import pact_driver  # noqa: E402
@@ -28,7 +28,7 @@ def main() -> None:
     """Writes tables and figures for every experiment that has records."""
     runs, out = Path(flags.FLAGS.runs), Path(flags.FLAGS.out)
     written = report.tables(runs, out) + report.figures(runs, out)
-    others = (study, bench_codecs, bench_network, bench_time_to_accuracy)
+    others = (study, bench_codecs, _network_report, bench_time_to_accuracy)
     for other in (*others, bench_uploads, outcomes):
         written += other.write_report(runs, out)
     for script in (pact_study, pact_errors, pact_joint, pact_scaling):

@@ -496,3 +496,31 @@ def test_a_layer_may_travel_uncompressed(where, mesh):
     np.testing.assert_allclose(found, kept, atol=1e-5)
     middle = layout.unflatten(jnp.mean(x, 0))[1]
     np.testing.assert_allclose(layout.unflatten(found)[1], middle, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        gcjax.identity(),
+        gcjax.cast(),
+        gcjax.sign(),
+        slow(gcjax.terngrad()),
+        slow(gcjax.natural()),
+        gcjax.threshold(0.5),
+    ],
+    ids=lambda c: c.name,
+)
+def test_compressors_of_one_level_do_not_add_to_it(compressor):
+    """They know no other level at which to leave a layer out."""
+    aggregator = gcjax.adapt(
+        gcjax.compressed_mean(compressor),
+        gcjax.lgreco(compressor.levels[0], cost=MiddleIsFree()),
+        every=2,
+    )
+    run = trainer(aggregator, tree())
+    state = run.init(tree())
+    for step in range(4):  # at the third one what is owed is sent along
+        mean, state = run.update(state, grads(step))
+    assert info(state).levels.tolist() == [0, -1, 0]
+    exact = jnp.mean(grads(3)["b"]["kernel"], 0)
+    np.testing.assert_allclose(mean["b"]["kernel"], exact, atol=1e-6)

@@ -12,8 +12,9 @@ from gcjax import experiment
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import _network_measure as measure  # noqa: E402
+import _network_report as report  # noqa: E402
 import _network_worker as shared  # noqa: E402
-import bench_network as bench  # noqa: E402
 
 
 def row(side, method, ms, declared):
@@ -39,7 +40,7 @@ def record():
 
 
 def test_exchanges_are_steps_less_the_own_step_without(record):
-    lines = {line[0]: line for line in bench._times(bench.rows_of(record))}
+    lines = {line[0]: line for line in report._times(report.rows_of(record))}
     head = lines["method"]
     cell = lambda method, column: lines[method][head.index(column)]
     assert cell("dense f32", "gcjax step") == "110 (105-115)"
@@ -52,26 +53,26 @@ def test_exchanges_are_steps_less_the_own_step_without(record):
 
 
 def test_bytes_are_fitted(record):
-    (line,) = bench._fits([bench.rows_of(record)])  # the other side has two sizes
+    (line,) = report._fits([report.rows_of(record)])  # the other side has two sizes
     assert line.startswith("- gcjax: interface = 500 B + 2.0000 x declared")
 
 
 def test_report_holds_every_record(record, tmp_path):
     for rate in ("1gbit", "10mbit"):
         name = f"mlp-{rate}.json"
-        bench.write(record | {"rate": rate}, tmp_path / "runs/bench_network" / name)
-    table, figure = bench.write_report(tmp_path / "runs", tmp_path)
+        measure.write(record | {"rate": rate}, tmp_path / "runs/bench_network" / name)
+    table, figure = report.write_report(tmp_path / "runs", tmp_path)
     text = table.read_text()
     assert text.index("parameters, 1gbit") < text.index("parameters, 10mbit")
     assert figure.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", [n for n, m in bench.METHODS.items() if m.gcjax])
+@pytest.mark.parametrize("name", [n for n, m in measure.METHODS.items() if m.gcjax])
 def test_our_methods_can_be_called(name):
     if name == "none":
         return
     names = experiment.AGGREGATORS | experiment.SELECTORS | {"adapt": gcjax.adapt}
-    made = experiment.call(bench.METHODS[name].gcjax, names, "method")
+    made = experiment.call(measure.METHODS[name].gcjax, names, "method")
     assert isinstance(made, gcjax.Aggregator)
 
 

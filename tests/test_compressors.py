@@ -1,163 +1,37 @@
-"""Laws of compressors: one table of them, and the contract that each must keep.
+"""The contract that every compressor keeps, and each family beside its definition.
 
-Every compressor runs compiled twice, on stacks of inputs, levels and keys: once from
-`encode` to `decode` (`messages`) and once over many random draws (`sample`).
+Every compressor runs compiled once, on a stack of inputs, levels and keys, from
+`encode` to `decode` (`messages`).
 """
 
-import ast
 import functools
-import inspect
 import operator
-import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow
-from jax import lax
+from compressor_cases import (
+    CASES,
+    INPUTS,
+    ROOM,
+    SHAPES,
+    SIZES,
+    THRESHOLD,
+    compressor,
+    flat,
+    keys_of,
+    layout_of,
+    split,
+    stack,
+)
 
 import gcjax
 from gcjax import base
-from gcjax.base import Keys, Layout
+from gcjax.base import Layout
 
-# Sizes 7, 1, 315 and 1320: below a word, one, and no multiples of 32 or of a bucket.
-SHAPES = {"bias": (7,), "one": (1,), "conv": (3, 3, 5, 7), "matrix": (40, 33)}
-SIZES = np.array([int(np.prod(s)) for s in SHAPES.values()])
-DENSITIES = (0.001, 0.01, 0.05, 0.1, 0.29, 0.5, 1)  # 0.29 * 100 is 28.999... in floats
-THRESHOLD, ROOM = 0.8, 0.3  # of `threshold`: 42 % of Gaussian entries pass
-
-
-def k_of(density: float) -> np.ndarray:
-    """Entries that a sparsifier keeps of each layer."""
-    return np.array([max(1, int(density * n + 1e-9)) for n in SIZES])
-
-
-def code_words(bits: int, bucket: int | None, scales: int) -> np.ndarray:
-    """Words of a quantiser: codes in units of up to 256 elements, and scales per bucket
-    or (None) per layer.
-    """
-    groups = 1 if bucket is None else np.ceil(SIZES / bucket).astype(int)
-    unit = np.gcd(bucket or 1024, 256)
-    return bits * np.ceil(SIZES / unit).astype(int) * unit // 32 + scales * groups
-
-
-def entry_words(k: np.ndarray) -> np.ndarray:
-    """Words of k values and of the shortest code of their places in small layers."""
-    return k + np.minimum((k + 1) // 2, np.ceil(SIZES / 32).astype(int))
-
-
-class Case(NamedTuple):
-    make: Callable
-    words: Callable  # value of the ladder -> words of each layer, as documented
-    random: bool = False  # whether it draws random numbers
-    unbiased: bool = False
-
-
-def qsgd(bucket: int, norm: str, rounding: str, bits=None) -> Case:
-    scales = {"max_min": 2, "l2": 1}[norm]
-    bits = bits or tuple(range(1 if norm == "max_min" else 2, 9))
-    random = rounding == "stochastic"
-    return Case(
-        lambda: gcjax.qsgd(bits, bucket, norm, rounding),
-        lambda b: code_words(b, bucket, scales),
-        random,
-        unbiased=random,
-    )
-
-
-CASES = {
-    "identity": Case(gcjax.identity, lambda v: SIZES),
-    "cast": Case(gcjax.cast, lambda v: code_words(16, None, 0)),
-    "top_k": Case(lambda: gcjax.top_k(DENSITIES), lambda d: entry_words(k_of(d))),
-    "top_k nearly": Case(
-        lambda: gcjax.top_k(DENSITIES, tolerance=0.1), lambda d: entry_words(k_of(d))
-    ),
-    "random_k": Case(lambda: gcjax.random_k(DENSITIES), k_of, random=True),
-    "random_k unbiased": Case(
-        lambda: gcjax.random_k((0.1, 0.4, 0.75, 1.0), unbiased=True),
-        k_of,
-        random=True,
-        unbiased=True,
-    ),
-    "threshold": Case(
-        lambda: gcjax.threshold(THRESHOLD, ROOM), lambda d: entry_words(k_of(d))
-    ),
-    "qsgd": qsgd(1024, "max_min", "stochastic"),
-    "qsgd nearest 32": qsgd(32, "max_min", "nearest"),
-    "qsgd nearest 512": qsgd(512, "max_min", "nearest"),
-    "qsgd l2 64": qsgd(64, "l2", "stochastic", (2, 3, 5, 8)),
-    "qsgd l2 nearest": qsgd(1024, "l2", "nearest"),
-    "sign": Case(gcjax.sign, lambda v: code_words(1, None, 1)),
-    "sign 64": Case(lambda: gcjax.sign(64), lambda v: code_words(1, 64, 1)),
-    "terngrad": Case(
-        gcjax.terngrad, lambda v: code_words(2, None, 1), random=True, unbiased=True
-    ),
-    "terngrad clipped": Case(
-        lambda: gcjax.terngrad(2.5), lambda v: code_words(2, None, 1), random=True
-    ),
-    "natural": Case(
-        gcjax.natural, lambda v: code_words(9, None, 0), random=True, unbiased=True
-    ),
-}
 cases = pytest.mark.parametrize("name", CASES)
-
-
-@functools.cache
-def compressor(name: str):
-    return CASES[name].make()
-
-
-def layout_of(name: str) -> Layout:
-    return Layout(tuple(SHAPES), tuple(SHAPES.values()), compressor(name).row)
-
-
-# --- Inputs. -------------------------------------------------------------------------
-
-
-def normal(seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=s).astype(np.float32) for s in SHAPES.values()]
-
-
-def heavy() -> list[np.ndarray]:
-    rng = np.random.default_rng(1)
-    return [rng.standard_t(2, s).astype(np.float32) for s in SHAPES.values()]
-
-
-scaled = lambda factor: [(x * np.float32(factor)) for x in normal()]
-INPUTS = {
-    "normal": normal(),
-    "zeros": scaled(0),
-    "equal": [np.full(s, -0.7, np.float32) for s in SHAPES.values()],
-    "tiny": scaled(1e-30),
-    "huge": scaled(1e30),
-    "heavy-tailed": heavy(),
-    "ties": [np.round(2 * x) / 2 for x in normal()],
-}
-
-
-def flat(layout: Layout, layers: list) -> np.ndarray:
-    out = np.zeros(layout.size, np.float32)
-    for layer, first in zip(layers, layout.first_row * layout.row, strict=True):
-        out[first : first + layer.size] = layer.reshape(-1)
-    return out
-
-
-def split(layout: Layout, x) -> list[np.ndarray]:
-    """The layers, each flat, of a vector [..., size]."""
-    starts = layout.first_row * layout.row
-    return [np.asarray(x)[..., a : a + n] for a, n in zip(starts, SIZES, strict=True)]
-
-
-def stack(layout: Layout, names=INPUTS) -> np.ndarray:
-    return np.stack([flat(layout, INPUTS[name]) for name in names])
-
-
-def keys_of(seed: int) -> Keys:
-    return Keys(*jax.random.split(jax.random.key(seed)))
 
 
 # --- From encode to decode. ----------------------------------------------------------
@@ -280,6 +154,7 @@ def test_the_same_keys_give_the_same_message_and_others_another(name):
     assert same == [by_shared or not CASES[name].random, not by_shared]
 
 
+slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 EAGER = ["identity", "sign"]
 EAGER += map(slow, ("top_k", "random_k", "threshold"))
 EAGER += map(slow, ("cast", "qsgd", "terngrad", "natural"))
@@ -554,218 +429,6 @@ def test_cast_rounds_to_the_nearest_bfloat16():
             assert (np.abs(result - layer) <= 2.0**-8 * np.abs(layer)).all()
 
 
-# --- Over many draws: the tables of errors, and what the properties promise. ---------
-
-DRAWS = 400
-SAMPLED = ("normal", "heavy-tailed", "equal", "ties", "zeros")
-
-
-class Sample(NamedTuple):
-    """Of each sampled input (B), at each level (V) used for all layers (L)."""
-
-    table: np.ndarray  # [B, V, L], Compressor.errors
-    error: np.ndarray  # [B, V, L], mean of ||x_hat - x||^2
-    spread: np.ndarray  # [B, V, L], its standard error
-    bias: list  # float64[B, V, n] for each layer, mean of x_hat - x
-
-
-@functools.cache
-def sample(name: str) -> Sample:
-    c, layout = compressor(name), layout_of(name)
-    levels = jnp.arange(len(c.levels), dtype=jnp.int32)
-    levels = jnp.broadcast_to(levels[:, None], (levels.size, SIZES.size))
-
-    def one(x, keys):
-        def at(levels, keys):
-            _, x_hat, _ = c.encode(layout, x, levels, keys, c.init(layout))
-            rest = layout.clear_padding(x_hat) - x
-            error = layout.sum_rows(jnp.sum(rest.reshape(-1, c.row) ** 2, axis=1))
-            return rest, error, error**2
-
-        def add(total, key):
-            new = jax.vmap(at, (0, None))(levels, Keys(*jax.random.split(key)))
-            return jax.tree.map(jnp.add, total, new), None
-
-        shapes = jax.eval_shape(jax.vmap(at, (0, None)), levels, keys_of(0))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return c.errors(layout, x), *lax.scan(add, zeros, keys)[0]
-
-    draws = DRAWS if CASES[name].random else 1
-    x = stack(layout, SAMPLED[:2] if CASES[name].random else SAMPLED)
-    run = jax.jit(jax.vmap(one, in_axes=(0, None)))
-    table, rest, error, square = run(x, jax.random.split(jax.random.key(5), draws))
-    bias = [b.astype(np.float64) / draws for b in split(layout, rest)]
-    if draws == 1:
-        error = np.stack([np.sum(b**2, axis=-1) for b in bias], axis=-1)
-    mean = np.asarray(error, np.float64) / draws
-    variance = np.maximum(np.asarray(square, np.float64) / draws - mean**2, 0)
-    table = np.swapaxes(np.asarray(table, np.float64), 1, 2)  # [B, V, L]
-    return Sample(table, mean, np.sqrt(variance / draws), bias)
-
-
-def energies(names) -> np.ndarray:
-    """||x||^2 of each layer, [B, 1, L]."""
-    rows = [[np.sum(x.astype(np.float64) ** 2) for x in INPUTS[n]] for n in names]
-    return np.array(rows)[:, None]
-
-
-EXACT = [n for n in CASES if not CASES[n].random and n != "top_k nearly"]
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_the_table_of_errors_is_what_is_measured(name):
-    s, energy = sample(name), energies(SAMPLED)
-    floor = 1e-12 * energy  # float32 rounding of x_hat, squared
-    if name.startswith("top_k"):
-        # It interpolates within a bin of the histogram, from above: bins of magnitudes
-        # are at most 1/64 wide, of energies 3.2 %; see below for layers of some size.
-        assert (s.table >= s.error * (1 - 1e-5) - floor).all()
-        assert (s.table <= s.error * 1.032 + 1e-6 * energy).all()
-    else:
-        if "l2" in name:  # entries are rounded to 2^-23 of the norm
-            floor = floor + 2 * np.sqrt(s.error * SIZES * energy) * 2**-23
-        assert (np.abs(s.table - s.error) <= 1e-4 * s.error + floor).all()
-
-
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].random])
-def test_the_table_of_errors_is_the_expected_error(name):
-    """Of normal layers; with one draw of a heavy tail in 1000 no mean converges."""
-    s = sample(name)
-    floor = 1e-6 * energies(SAMPLED[:1])[0]  # an entry at a grid point, in float32
-    difference = np.abs(s.table - s.error)[0]
-    assert (difference <= 5 * s.spread[0] + 1e-4 * s.error[0] + floor).all()
-
-
-@pytest.mark.parametrize("name", ["top_k", "random_k"])
-def test_more_words_never_mean_more_error(name):
-    s = sample(name)
-    energy = energies(SAMPLED[: s.table.shape[0]])
-    assert (np.diff(s.table, axis=1) <= 1e-6 * energy).all()
-    assert (np.diff(compressor(name).words(layout_of(name)), axis=1) >= 0).all()
-
-
-def test_the_table_of_top_k_is_exact_to_a_thousandth():
-    """On layers of some thousand entries, whatever their distribution."""
-    c, n = gcjax.top_k(), 5000
-    layout = Layout(tuple("abcd"), ((n,),) * 4, c.row)
-    rng = np.random.default_rng(0)
-    layers = [
-        rng.normal(size=n),
-        rng.standard_t(2, n),
-        rng.uniform(1, 2, n),
-        np.geomspace(1, 1e-6, n) * rng.choice([-1, 1], n),
-    ]
-    x = layout.flatten([jnp.asarray(a, jnp.float32) for a in layers])
-    table = np.asarray(jax.jit(lambda x: c.errors(layout, x))(x), np.float64)
-    for row, layer in zip(table, layers, strict=True):
-        energy = np.sort(layer.astype(np.float32).astype(np.float64) ** 2)[::-1]
-        exact = [energy[int(d * n + 1e-9) :].sum() for d in c.levels]
-        np.testing.assert_allclose(row, exact, rtol=1e-3)
-
-
-def draw_variance(name: str, x: np.ndarray, value) -> tuple[np.ndarray, np.ndarray]:
-    """Variance of one draw of each entry, and the largest jump it can make."""
-    size = np.abs(x)
-    if name.startswith("qsgd"):
-        bucket = 64 if name == "qsgd l2 64" else 1024
-        unit = np.zeros_like(x)
-        for start in range(0, x.size, bucket):
-            part = x[start : start + bucket]
-            span = part.max() - part.min(), 2 * np.sqrt(np.sum(part**2))
-            codes = 2**value - 1, 2**value - 2
-            unit[start : start + bucket] = span["l2" in name] / codes["l2" in name]
-        # The place between two codes, taken at its worst.
-        return unit**2 / 4, unit
-    if name == "natural":
-        low = np.ldexp(1.0, np.frexp(size)[1] - 1)
-        return (size - low) * (2 * low - size), low
-    if name == "terngrad":
-        return size * (size.max() - size), np.full_like(x, size.max())
-    scale = x.size / max(1, int(value * x.size + 1e-9))
-    return x**2 * (scale - 1), size * scale
-
-
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].unbiased])
-def test_the_mean_of_many_draws_is_the_gradient(name):
-    """Every entry, the sum of a layer, and its sum of magnitudes, whose standard
-    error is 0.07 % of a rounding unit: no systematic rounding up, down or outwards.
-
-    Five standard errors, and, because rare large jumps are not normally distributed,
-    Bernstein's second term.
-    """
-    s = sample(name)
-    for i, case in enumerate(SAMPLED[:2]):
-        for layer, bias in zip(INPUTS[case], s.bias, strict=True):
-            x = layer.reshape(-1).astype(np.float64)
-            rounding = 1e-6 * np.abs(x).max()
-            for v, value in enumerate(compressor(name).levels):
-                variance, jump = draw_variance(name, x, value)
-                b = bias[i, v]
-                bound = 5 * np.sqrt(variance / DRAWS) + 25 / 3 * jump / DRAWS
-                assert (np.abs(b) <= bound + rounding).all()
-                bound = 5 * np.sqrt(variance.sum() / DRAWS)
-                bound += 25 / 3 * jump.max() / DRAWS + x.size * 0.1 * rounding
-                assert abs(b.sum()) <= bound
-                assert abs((b * np.sign(x)).sum()) <= bound
-
-
-@pytest.mark.parametrize("name", ["top_k", "random_k"])
-def test_sparsifiers_contract_by_the_share_they_keep(name):
-    """||x - C(x)||^2 <= (1 - k/n) ||x||^2; an equality in the mean of `random_k`."""
-    s = sample(name)
-    kept = np.array([k_of(d) for d in compressor(name).levels]) / SIZES
-    energy = energies(SAMPLED[: s.error.shape[0]])
-    limit = (1 - kept) * energy
-    if CASES[name].random:
-        assert (np.abs(s.error - limit)[0] <= 5 * s.spread[0] + 1e-6 * energy[0]).all()
-    else:
-        assert (s.error <= limit * (1 + 1e-6)).all()
-
-
-@pytest.mark.parametrize("name", ["sign", "sign 64"])
-def test_sign_contracts_by_its_density(name):
-    s = sample(name)
-    for i, case in enumerate(SAMPLED):
-        for l, layer in enumerate(INPUTS[case]):
-            expected, n = 0.0, 64 if "64" in name else layer.size
-            for start in range(0, layer.size, n):
-                x = layer.reshape(-1)[start : start + n].astype(np.float64)
-                expected += np.sum(x**2) - np.sum(np.abs(x)) ** 2 / x.size
-            floor = 1e-6 * np.sum(layer.astype(np.float64) ** 2)
-            assert abs(s.error[i, 0, l] - expected) <= floor
-
-
-def test_natural_has_relative_variance_one_eighth_at_most():
-    s = sample("natural")
-    assert (s.table <= energies(SAMPLED[:2]) / 8 * (1 + 1e-6)).all()
-    # (m - 1)(2 - m) / m^2 of a mantissa m is largest, 1/8, at m = 4/3.
-    c = compressor("natural")
-    layout = Layout(("x",), ((32,),), c.row)
-    x = layout.flatten([jnp.full(32, 4 / 3)])
-    np.testing.assert_allclose(c.errors(layout, x)[0, 0], 32 * 16 / 9 / 8, rtol=1e-5)
-
-
-# --- Error feedback is on where it must be. ------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("c", "feedback"),
-    [
-        (gcjax.qsgd((1, 2, 3, 4, 5, 6, 7, 8)), [False] + [True] * 7),
-        (gcjax.qsgd((2, 3, 4, 5, 6, 7, 8), norm="l2"), [False] * 3 + [True] * 4),
-        (gcjax.random_k((0.1, 0.5, 0.6), unbiased=True), [False, False, True]),
-        (gcjax.random_k(), [True] * 12),
-        (gcjax.top_k(), [True] * 12),
-        (gcjax.terngrad(), [False]),
-        (gcjax.natural(), [True]),
-        (gcjax.sign(), [True]),
-        (gcjax.cast(), [True]),
-    ],
-)
-def test_contractions_are_declared_as_documented(c, feedback):
-    assert list(c.contraction) == feedback
-
-
 # --- Bad input. ----------------------------------------------------------------------
 
 
@@ -821,106 +484,3 @@ def test_ladders_are_sorted_sets_and_levels_are_found_on_them():
     assert gcjax.qsgd(np.array([8, 2])).levels == (2, 8)
     assert base.level_index((0.01, 0.1), 0.1 * (1 + 1e-9)) == 1
     assert base.level_index((2, 4, 8), 8) == 2
-
-
-# --- The structure of the package. ---------------------------------------------------
-
-PACKAGE = pathlib.Path(gcjax.__file__).parent
-
-
-def module_name(path: pathlib.Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts).removesuffix(".__init__")
-
-
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-del MODULES["gcjax"]  # the root
-PUBLIC = {name: getattr(gcjax, name) for name in gcjax.__all__}
-FACTORIES = [
-    name
-    for name, thing in PUBLIC.items()
-    if inspect.isfunction(thing) and thing.__module__.startswith("gcjax.compressors")
-]
-
-
-@pytest.mark.parametrize("name", [*FACTORIES, "power_sgd"])
-def test_every_factory_documents_payload_properties_and_references(name):
-    text = inspect.getdoc(PUBLIC[name])
-    for part in ("Payload:", "Properties:", "References:"):
-        assert part in text
-
-
-def test_every_public_compressor_is_in_the_table():
-    assert len(FACTORIES) >= 9
-    # Its message has one length, whatever the levels are; see test_packets.py.
-    others = {"fed_cvlc"}
-    assert set(FACTORIES) - others == {compressor(name).name for name in CASES}
-
-
-@pytest.mark.parametrize("module", [m for m in MODULES if ".compressors." in m])
-def test_compressors_do_not_communicate(module):
-    text = MODULES[module].read_text()
-    for word in ("psum", "all_gather", "axis_name", "ppermute", "all_to_all"):
-        assert word not in text
-
-
-COLLECTIVES = {
-    *("psum", "pmean", "pmax", "pmin", "all_gather", "all_to_all", "psum_scatter"),
-    *("ppermute", "pshuffle", "pswapaxes", "all_gather_invariant"),
-}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_collectives_stand_in_one_file(module):
-    tree = ast.parse(MODULES[module].read_text())
-    names = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    names |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            names |= {alias.name for alias in node.names}
-    # The second one's are over problems that are solved side by side, not over workers.
-    wanted = module in ("gcjax.aggregate", "gcjax.pact.cells")
-    assert bool(names & COLLECTIVES) == wanted
-
-
-def imports_of(module: str) -> set[str]:
-    """Modules of gcjax that a module imports at its top; "gcjax" is the root."""
-    found = set()
-    for node in ast.parse(MODULES[module].read_text()).body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in MODULES else node.module)
-    return {name for name in found if name.split(".")[0] == "gcjax"}
-
-
-def test_imports_have_no_cycle():
-    """Repeatedly take away what imports nothing that is left."""
-    left = {module: imports_of(module) & set(MODULES) for module in MODULES}
-    while left:
-        free = [module for module, needs in left.items() if not needs & set(left)]
-        assert free, f"a cycle of imports among {sorted(left)}"
-        for module in free:
-            del left[module]
-
-
-def test_no_module_below_imports_the_root():
-    """Which imports them: that is how cycles start."""
-    loaded = imports_of_root()
-    for module in loaded:
-        assert "gcjax" not in imports_of(module), module
-
-
-def imports_of_root() -> set[str]:
-    """Modules that `import gcjax` runs."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    queue = [n.module for n in tree.body if isinstance(n, ast.ImportFrom)]
-    found = set()
-    while queue:
-        module = queue.pop()
-        if module in MODULES and module not in found:
-            found.add(module)
-            queue += imports_of(module)
-    return found

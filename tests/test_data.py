@@ -179,7 +179,7 @@ def test_cifar10_archive(dump, folder, monkeypatch):
 
 
 def test_fashion_mnist_idx_files(folder, monkeypatch):
-    files = data.LAYOUTS["fashion_mnist"][-1].files
+    files = data.FORMS["fashion_mnist"][-1].files
     x, y = images(5, (28, 28))
     for file in files:
         content = idx_gz(x if "images" in file else y.astype(np.uint8))
@@ -261,7 +261,7 @@ def test_bad_arguments(kwargs):
 @pytest.mark.parametrize("name", ["wikitext2", "cifar100_subset"])
 def test_not_fetchable(name, folder):
     words = (name, folder, "GCJAX_DATA", "--config.data_dir")
-    files = data.LAYOUTS[name][0].files
+    files = data.FORMS[name][0].files
     one_line_error(FileNotFoundError, *words, *files, name=name, data_dir=folder)
 
 
@@ -375,7 +375,7 @@ def test_fetch_404(folder, server, monkeypatch):
     [("cifar10", 50_000, 10_000), ("wikitext2", 2_088_628, 245_569)],
 )
 def test_real_sizes(name, train, test):
-    if not any((REAL / layout.files[0]).is_file() for layout in data.LAYOUTS[name]):
+    if not any((REAL / form.files[0]).is_file() for form in data.FORMS[name]):
         pytest.skip(f"no {name} in $GCJAX_DATA")
     got = data.load(name, REAL)
     key = "x_" if name in data.IMAGE_SETS else ""

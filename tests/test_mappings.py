@@ -4,9 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import N, info, slow, trainer, tree
+from conftest import N, info, trainer, tree
 
 import gcjax
+
+
+def adaptive_qsgd(collective):
+    compressor = gcjax.qsgd((3, 4, 6), 256, rounding="nearest")
+    return gcjax.adapt(
+        gcjax.compressed_mean(compressor, collective=collective, spacing=2.0),
+        gcjax.lgreco(4, error="squared"),
+        every=2,
+    )
+
 
 AGGREGATORS = {
     "identity": lambda: gcjax.compressed_mean(gcjax.identity()),
@@ -22,24 +32,8 @@ AGGREGATORS = {
         gcjax.cast(), collective="reduce_scatter"
     ),
     "cast ring": lambda: gcjax.compressed_mean(gcjax.cast(), collective="ring"),
-    "qsgd ring adaptive": lambda: gcjax.adapt(
-        gcjax.compressed_mean(
-            gcjax.qsgd((3, 4, 6), 256, rounding="nearest"),
-            collective="ring",
-            spacing=2.0,
-        ),
-        gcjax.lgreco(4, error="squared"),
-        every=2,
-    ),
-    "qsgd scattered adaptive": lambda: gcjax.adapt(
-        gcjax.compressed_mean(
-            gcjax.qsgd((2, 3, 4, 6), 256, rounding="nearest"),
-            collective="reduce_scatter",
-            spacing=2.0,
-        ),
-        gcjax.lgreco(4, error="squared"),
-        every=2,
-    ),
+    "qsgd ring adaptive": lambda: adaptive_qsgd("ring"),
+    "qsgd scattered adaptive": lambda: adaptive_qsgd("reduce_scatter"),
     "sign": lambda: gcjax.compressed_mean(gcjax.sign()),
     "terngrad": lambda: gcjax.compressed_mean(gcjax.terngrad()),
     "natural": lambda: gcjax.compressed_mean(gcjax.natural()),
@@ -93,7 +87,10 @@ SLOW = (
 
 @pytest.mark.parametrize(
     "name",
-    [slow(name) if name in SLOW else name for name in AGGREGATORS],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in AGGREGATORS
+    ],
 )
 def test_vmap_equals_shard_map(name, mesh, request):
     # Where half a unit in the last place more is another code, or bits must be equal.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import gcjax
-from configs import base
-from gcjax import network, results
+from configs import quickstart
+from gcjax import experiment, network, results
 from gcjax.base import Problem, Words
 from gcjax.network import Codec, Link, measure, survey
 
@@ -168,11 +168,16 @@ def test_survey_says_what_does_not_pay():
     assert all(layout.num_layers for layout in layouts)
 
 
-def test_survey_has_the_configs_own_methods_too():
-    config = base.get_config()
-    made = survey.aggregators(config, np.full(config.num_workers, 1 / 8))
-    assert set(survey.FAMILIES) < set(made)
-    assert any("lgreco(default=0.01)" in name for name in made)
+def test_a_survey_has_the_methods_of_a_config():
+    config = quickstart.get_config()
+    task = experiment.build_task(config)
+    made = survey.aggregators(config, task)
+    own = [results.label(config, m) for m in config.methods if m != "dense"]
+    assert list(made) == [*survey.FAMILIES, *own] and own
+    config.aggregator = "parameter_server()"
+    config.methods = ("uniform(0.01)",)
+    with pytest.raises(ValueError, match="parameter_server.*equal workers"):
+        survey.aggregators(config, task)
 
 
 # --- L-GreCo in seconds. --------------------------------------------------------------

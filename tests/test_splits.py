@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcjax import data, splits, tasks
+from gcjax import batches, data, splits, tasks
 from gcjax.selectors.workers import dagc_r
 from gcjax.splits import FLICKR, Samples, arithmetic, by_user, flickr, geometric, skewed
 
@@ -165,7 +165,7 @@ def test_figure(tmp_path):
 
 def test_workers_draw_from_their_own_shards():
     shards = [np.arange(100, 117), np.array([5]), np.arange(40, 90)]
-    pick = data.shard_sampler(shards, 3, 4)
+    pick = batches.shard_sampler(shards, 3, 4)
     rows = np.stack([pick(step) for step in range(50)])
     assert rows.shape == (50, 3, 4)
     for worker, shard in enumerate(shards):
@@ -173,13 +173,13 @@ def test_workers_draw_from_their_own_shards():
         for epoch in range(len(stream) // len(shard)):  # each takes every sample once
             part = stream[epoch * len(shard) :][: len(shard)]
             np.testing.assert_array_equal(np.sort(part), shard)
-    again = data.shard_sampler(shards, 3, 4)
+    again = batches.shard_sampler(shards, 3, 4)
     np.testing.assert_array_equal(again(31), rows[31])
-    assert not np.array_equal(data.shard_sampler(shards, 4, 4)(31), rows[31])
+    assert not np.array_equal(batches.shard_sampler(shards, 4, 4)(31), rows[31])
     with pytest.raises(ValueError, match="0 samples for worker 1"):
-        data.shard_sampler([np.arange(3), np.arange(0)], 0, 4)
+        batches.shard_sampler([np.arange(3), np.arange(0)], 0, 4)
     with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
-        data.shard_sampler(shards, 0, 0)
+        batches.shard_sampler(shards, 0, 0)
 
 
 def test_a_task_with_a_split():
@@ -193,7 +193,7 @@ def test_a_task_with_a_split():
     everything = data.load("digits")
     batch = task.batches(5, 4, 16)(3)
     assert batch["x"].shape == (4, 16, 8, 8, 1)
-    pick = data.shard_sampler(shards, 5, 16)(3)
+    pick = batches.shard_sampler(shards, 5, 16)(3)
     np.testing.assert_array_equal(batch["x"], everything["x_train"][pick])
     np.testing.assert_array_equal(batch["y"], task.labels[pick])
     assert tasks.image_classification("digits", "logistic").shards is None

@@ -136,7 +136,7 @@ def test_pareto_names_what_nothing_beats_in_time_and_traffic():
     assert study.pareto(runs[:3], 0.1) is None
 
 
-def test_report_is_written_for_experiments_with_weights_only(tmp_path, monkeypatch):
+def test_report_is_written_for_experiments_with_weights_only(tmp_path):
     experiment = "dagc_logistic"
     for seed in range(2):
         for method in ("uniform(0.001)", "hard(0.05)"):

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from gcjax import data, models, tasks
+from gcjax import batches, data, models, tasks
 
 REAL = Path(os.environ.get("GCJAX_DATA") or "/nonexistent")
 KEY = jax.random.key(0)
@@ -101,19 +101,19 @@ def test_batches_are_pure_and_disjoint(digits):
 
 
 def test_an_epoch_takes_each_sample_once():
-    pick = data.sampler(size=23, seed=0, num_workers=2, batch_size=5)
+    pick = batches.sampler(size=23, seed=0, num_workers=2, batch_size=5)
     first, second = (
         np.concatenate([pick(s).ravel() for s in e]) for e in ((0, 1), (2, 3))
     )
     assert len(set(first)) == len(set(second)) == 20 and set(first) <= set(range(23))
     assert list(first) != list(second)
     with pytest.raises(ValueError, match=r"in \[1, 23\].*got 4 \* 6"):
-        data.sampler(23, 0, 4, 6)
+        batches.sampler(23, 0, 4, 6)
 
 
 def test_shift_and_mirror_equals_a_loop():
     x = np.random.default_rng(0).integers(0, 256, (2, 5, 6, 7, 3), np.uint8)
-    got = data.shift_and_mirror(x, np.random.default_rng(1))
+    got = batches.shift_and_mirror(x, np.random.default_rng(1))
     rng = np.random.default_rng(1)
     rows, columns = rng.integers(0, 9, (2, 5)), rng.integers(0, 9, (2, 5))
     mirror = rng.random((2, 5)) < 0.5
@@ -135,15 +135,15 @@ def test_augmented_batches_are_pure(folder):
 
 
 def test_windows_share_only_their_ends():
-    got = data.windows(np.arange(12), 5)
+    got = batches.windows(np.arange(12), 5)
     np.testing.assert_array_equal(got, [range(0, 6), range(5, 11)])
     with pytest.raises(ValueError, match="5 tokens are too few"):
-        data.windows(np.arange(5), 5)
+        batches.windows(np.arange(5), 5)
 
 
 def test_channel_statistics():
     x = np.random.default_rng(0).integers(0, 256, (9, 4, 5, 3), np.uint8)
-    mean, std = data.channel_statistics(x)
+    mean, std = batches.channel_statistics(x)
     np.testing.assert_allclose(mean.ravel(), x.mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std.ravel(), x.std((0, 1, 2)), rtol=1e-6)
 
@@ -345,7 +345,7 @@ def test_bad_language_arguments(kwargs, words, folder):
 def test_cifar10_statistics_are_the_published_ones():
     if not (REAL / "cifar10.npz").is_file():
         pytest.skip("no cifar10.npz in $GCJAX_DATA")
-    mean, std = data.channel_statistics(data.load("cifar10", REAL)["x_train"])
+    mean, std = batches.channel_statistics(data.load("cifar10", REAL)["x_train"])
     np.testing.assert_allclose(mean.ravel() / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)
     np.testing.assert_allclose(std.ravel() / 255, [0.2470, 0.2435, 0.2616], atol=1e-4)
 

@@ -12,8 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import gcjax
-from gcjax import aggregate, hlo, results
-from gcjax.exchange import switch
+from gcjax import collectives, hlo, results
 
 F32 = jax.ShapeDtypeStruct((N, 64), jnp.float32)
 PARAMS = {"a": jnp.ones((32, 33)), "b": jnp.ones((33,)), "c": jnp.ones((40, 32))}
@@ -43,7 +42,7 @@ def step_of(fn, mesh):
 
 
 def reduce(x, name):
-    return aggregate.all_reduce(x, "workers", name)[0]
+    return collectives.all_reduce(x, "workers", name)[0]
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
@@ -75,11 +74,11 @@ def test_every_capacity_of_a_switch_is_named(mesh):
 
     def step(x):
         def at_capacity(capacity, x):
-            messages, words = aggregate.gather(x[:capacity], "workers", "message")
+            messages, words = collectives.gather(x[:capacity], "workers", "message")
             return messages.sum(), words.gathered
 
         length = reduce(jnp.sum(x > 0, dtype=jnp.float32), "length")
-        return switch(length.astype(jnp.int32), ladder, at_capacity, x)
+        return collectives.switch(length.astype(jnp.int32), ladder, at_capacity, x)
 
     report = gcjax.wire_report(step_of(step, mesh), F32)
     length, *messages = report.rows
@@ -145,7 +144,7 @@ def test_loops_and_all_to_all(mesh):
     def step(x):
         turn = lambda x, _: (reduce(jnp.sin(x), "turn"), None)
         x = lax.scan(turn, x, None, length=5)[0]
-        return aggregate.scatter(x, "workers", "shares")[0]
+        return collectives.scatter(x, "workers", "shares")[0]
 
     report = gcjax.wire_report(jax.jit(step_of(step, mesh), donate_argnums=0), F32)
     turn, shares = report.rows
@@ -161,7 +160,7 @@ def test_one_axis_of_two():
     mesh = jax.make_mesh(
         (2, 4), ("replicas", "shards"), axis_types=(AxisType.Auto, AxisType.Auto)
     )
-    step = lambda x: aggregate.gather(x, "replicas", "message")[0]
+    step = lambda x: collectives.gather(x, "replicas", "message")[0]
     (row,) = gcjax.wire_report(step_of(step, mesh), F32).rows
     assert row.num_workers == 2 and not row.problem
     assert row.compiled_bytes == row.sent_bytes == 256

@@ -296,8 +296,8 @@ def cast() -> Compressor:
     Properties: contraction, ||x - C(x)|| <= 2^-8 ||x||.
     References: Kalamkar et al., 2019, A Study of BFLOAT16 for Deep Learning Training,
       arXiv:1905.12322.
-    Note: It travels by all-gather like every message here, (N - 1) times 16 bits per
-      element, where a reduce-scatter would need about 32.
+    Note: By all-gather, the default, one of N workers sends N - 1 times 16 bits per
+      element, by reduce-scatter or a ring about 32: `collective=` of `compressed_mean`.
     """
 
     def round_(x: jax.Array) -> jax.Array:

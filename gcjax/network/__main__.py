@@ -24,9 +24,7 @@ COMPUTE_SECONDS = flags.DEFINE_float(
 def main() -> None:
     """Measures the codecs for the config's model and prints the table."""
     config = CONFIG.value
-    if NUM_WORKERS.value is not None:
-        config.num_workers = NUM_WORKERS.value
-    n = config.num_workers
+    n = config.num_workers if NUM_WORKERS.value is None else NUM_WORKERS.value
     if n < 2:
         raise ValueError(f"num_workers must be >= 2, got {n}: alone, nothing is sent")
     links = network.LINKS
@@ -42,10 +40,9 @@ def main() -> None:
         f"{size:,} parameters, {n} workers, {1e3 * compute:.1f} ms of computation on "
         f"{jax.devices()[0].device_kind}"
     )
-    weights = experiment.weights(config, task)
     codecs = {
         name: measure.measure_codec(made, params, n, axis_name=experiment.AXIS)
-        for name, made in survey.aggregators(config, weights).items()
+        for name, made in survey.aggregators(config, task).items()
     }
     print(survey.table(codecs, n, links, compute))
     print(

@@ -33,14 +33,24 @@ def scattered(compressor: Any) -> Aggregator:
 
 
 def aggregators(
-    config: ml_collections.ConfigDict, p: np.ndarray
+    config: ml_collections.ConfigDict, task: tasks.Task
 ) -> dict[str, Aggregator]:
-    """All families, and the config's own methods; p are its workers' weights."""
+    """All families, and the config's own methods.
+
+    Raises:
+      ValueError: for a parameter server, whose workers are not alike.
+    """
     made = {name: make() for name, make in FAMILIES.items()}
+    p = experiment.weights(config, task)
     for method in config.methods:
         if method != "dense":
-            label = results.label(config, method)
-            made[label] = experiment.build_aggregator(config, method, p)
+            own = experiment.build_aggregator(config, method, p)
+            if own.exchange.weights is not None:
+                raise ValueError(
+                    f"config.aggregator = {config.aggregator!r}: only exchanges among "
+                    "equal workers are surveyed; of uploads see gcjax.network.rounds"
+                )
+            made[results.label(config, method)] = own
     return made
 
 
