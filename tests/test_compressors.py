@@ -26,6 +26,7 @@ from compressor_cases import (
     split,
     stack,
 )
+from conftest import slow
 
 import gcjax
 from gcjax import base
@@ -154,7 +155,6 @@ def test_the_same_keys_give_the_same_message_and_others_another(name):
     assert same == [by_shared or not CASES[name].random, not by_shared]
 
 
-slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 EAGER = ["identity", "sign"]
 EAGER += map(slow, ("top_k", "random_k", "threshold"))
 EAGER += map(slow, ("cast", "qsgd", "terngrad", "natural"))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import N, info, trainer, tree
+from conftest import N, info, slow, trainer, tree
 
 import gcjax
 
@@ -87,10 +87,7 @@ SLOW = (
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
-        for name in AGGREGATORS
-    ],
+    [slow(name) if name in SLOW else name for name in AGGREGATORS],
 )
 def test_vmap_equals_shard_map(name, mesh, request):
     # Where half a unit in the last place more is another code, or bits must be equal.
