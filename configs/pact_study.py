@@ -2,8 +2,8 @@
 
 A family of synthetic problems in which fast nodes are hungry, frugal ones slow, and
 large versions learn fast at first; see gcjax/pact/scenarios.py. Each is planned for two
-losses and two deadlines. Family and solvers were tuned on seed 0, which is not used
-here, except that multipliers were refined after a look at the largest size of seed 1.
+losses and two deadlines, and the optimum is proved. Family and solvers were tuned on
+seeds 0 to 3 of these sizes, none of which is used here.
 
 Command: python scripts/pact_study.py --config=configs/pact_study.py
 Seconds: the same with --config=configs/pact_study.py:quick
@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.kinds = ("tiers", "slow links", "slow storage", "skewed")
     # (versions, clusters, epochs) of each size, and its seeds.
     config.sizes = ((3, 5, 48), (4, 12, 40))
-    config.seeds = ((1, 2, 3), (1, 2))
+    config.seeds = ((4, 5, 6), (4, 5))
     # Target losses.
     config.losses = (0.8, 0.62)
     # Deadlines between the fastest plan's time (0) and the most frugal one's (1), in
@@ -36,9 +36,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # Partial plans after which grid and cost_scaled give up.
     config.limit_labels = 1 << 22
     # Only for this seed of the first size: plans at fixed resolutions.
-    config.deep_seed = 1
+    config.deep_seed = 4
     # The problem whose whole frontier is recorded.
-    config.frontier = ("tiers", 3, 5, 48, 1)
+    config.frontier = ("tiers", 3, 5, 48, 4)
     if arg == "quick":
         config.kinds = ("tiers",)
         config.sizes = ((2, 3, 12),)

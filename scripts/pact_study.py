@@ -240,12 +240,14 @@ def _gantt(figure: Figure, problems: list[Record]) -> None:
         key=lambda c: c["switches"]["later"] + c["switches"]["clusters"],
     )
     runs = case["runs"]
+    # Records name clusters; who their members are follows from the problem's seed.
+    members = {c.name: c.members for c in pact_driver.problem_of(case).clusters}
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     outcomes.draw_epochs(
         top,
-        [*dict.fromkeys(r[1] for r in runs)],
+        [*dict.fromkeys(node for r in runs for node in members[r[1]])],
         [*dict.fromkeys(r[0] for r in runs)],
-        [(r[0], (r[1],), r[6]) for r in runs],
+        [(r[0], members[r[1]], r[6]) for r in runs],
     )
     top.set_title(
         f"{case['kind']}, {pact_driver.size_of(case)}, loss "

@@ -2,8 +2,10 @@
 
 A *window* is a search of `cells` for plans whose bounded energy is at most so much. In
 a narrow window few labels survive, so that cells can be fine. Windows widen until a
-plan is found, and then progress is cut finer until that gains nothing more, or the
-plan is as near as wanted to a proved lower bound.
+plan is found. Then progress and time are cut finer in turn, as far as a number of
+labels allows, or until the plan is as near as wanted to a proved lower bound. One label
+survives in a cell, and now and then it is the wrong one: that finer cells gained
+nothing once does not say that they never will.
 """
 
 import dataclasses
@@ -19,10 +21,11 @@ from gcjax.pact.graph import MIDDLE, Bounds, Graph, build, estimate, rollouts
 from gcjax.pact.problem import Problem
 from gcjax.pact.schedule import Plan, feasible, replay
 
-CAPACITIES = 1 << 16, 1 << 20  # labels of one window: at first, and at most
-_LABELS = 1_000_000  # after which a plan is not improved further
+# Labels of one window: at first, at most to improve a plan, and at most to find one.
+CAPACITIES = 1 << 16, 1 << 18, 1 << 20
+_LABELS = 400_000  # after which a plan is not improved further
 # Labels of a cell are ranked by bounds that price time and epochs: few bins of these
-# are enough. Bins of progress decide; many problems need no more than the first.
+# are enough for most problems.
 _FIRST = 1024, 4
 _COARSEST = 64
 _SETTLED = 5e-4  # relative gain, or proved gap, that is not worth another window
@@ -36,6 +39,7 @@ class Window(NamedTuple):
 
     upper_j: float
     bins: tuple[int, int, int]
+    capacity: int  # labels at most
 
 
 def search(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
@@ -52,7 +56,8 @@ def search(graph: Graph, fixed: tuple[int, int] | None) -> Plan | None:
     windows = _windows(graph, bound, fixed)
     window, plan = _next(windows, None)
     while window:
-        window, plan = _next(windows, run(_narrowed(a, bound, window)))
+        log = run(_narrowed(a, bound, window), window.capacity)
+        window, plan = _next(windows, log)
     return plan
 
 
@@ -79,7 +84,7 @@ def search_batch(
     a = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *a))
     while any(asked):
         # Problems that ask for no more look for plans of no energy: there are none.
-        now = [w or Window(0.0, (1, 1, 1)) for w in asked]
+        now = [w or Window(0.0, (1, 1, 1), capacity) for w in asked]
         units = np.array([b.energy_unit_j for b in bounds])
         uppers = np.float32([w.upper_j for w in now] / units * (1 + 1e-6))
         bins = np.array([w.bins for w in now], np.int32)
@@ -117,11 +122,11 @@ def _narrowed(a: cells.Arrays, bound: Bounds, window: Window) -> cells.Arrays:
     return a._replace(upper=upper, bins=np.array(window.bins, np.int32))
 
 
-def run(a: cells.Arrays, **options) -> cells.Log:
-    """Works off the queue, with more room where the first log overflows."""
+def run(a: cells.Arrays, most: int = CAPACITIES[-1], **options) -> cells.Log:
+    """Works off the queue, with more room, up to `most`, where a log overflows."""
     for capacity in CAPACITIES:
         log = cells.solve(a, capacity, **options)
-        if not log.full:
+        if not log.full or capacity >= most:
             break
     return jax.device_get(log)
 
@@ -151,7 +156,8 @@ def _windows(
             break
         reach = bound.root_j * (1 + window) if window < np.inf else np.inf
         upper = min(known, reach)
-        log = yield Window(upper, _three(graph, bound, bins))
+        most = CAPACITIES[1 if best else -1]
+        log = yield Window(upper, _three(graph, bound, bins), most)
         count += int(log.count)
         gain = -1.0
         if log.best >= 0:
@@ -161,7 +167,6 @@ def _windows(
                 raise AssertionError("a plan in ticks fails its replay")
             gain = (known - found.joules) / found.joules
             best = found if gain > 0 else best
-        settled = upper >= known and gain < _SETTLED
         if best and count > _LABELS:
             break
         if fixed is not None and (gain >= 0 or log.full or window == np.inf):
@@ -169,17 +174,26 @@ def _windows(
         if log.full and bins[0] > _COARSEST:
             largest = bins[0] // 2
             bins = largest, bins[1]
-            if gain >= 0 or (best and settled):
+            if gain >= 0 or (best and upper >= known):
                 break  # the coarser one has been tried
         elif gain < 0 and upper < known and window < np.inf:
             window = 2 * window if window < 0.5 else np.inf  # nothing is so cheap
-        elif (settled and bins[0] > _FIRST[0]) or 2 * bins[0] > largest:
+        elif 2 * bins[0] > largest:
             break
         else:
-            bins = 2 * bins[0], bins[1]
+            three = _three(graph, bound, bins)
+            while _three(graph, bound, bins) == three:
+                bins = _finer(bins)
     if best is None:
         return None
     return dataclasses.replace(best, labels=count, lower_bound_j=lower_j)
+
+
+def _finer(bins: tuple[int, int]) -> tuple[int, int]:
+    """Progress and time in turn: either may be what keeps a better plan out."""
+    progress, time = bins
+    turn = progress // _FIRST[0] > (time // _FIRST[1]) ** 0.5
+    return (progress, 4 * time) if turn else (2 * progress, time)
 
 
 def _best_rollout(graph: Graph, bound: Bounds) -> Plan | None:

@@ -31,6 +31,7 @@ from gcjax.pact.graph import KNOTS, MIDDLE, SLACK, TICKS, Bounds, Graph, start_t
 FINEST = 8192  # bins of progress, or of loss
 _BLOCK = 256  # labels taken from the queue at a time
 _PAIRS = 64  # of (label, next version), expanded at a time
+_MOST_SLOT_BITS = 24  # of the table of cells
 
 
 class Arrays(NamedTuple):
@@ -165,7 +166,8 @@ class _Search:
         self.snap, self.guided, self.improve = snap, guided, improve
         self.axis_name = axis_name
         self.size, self.clusters, self.actions = a.cost.shape
-        self.slot_bits = (8 * capacity - 1).bit_length()
+        # Labels that share a slot by chance compete, so slots are many more.
+        self.slot_bits = min((64 * capacity - 1).bit_length(), _MOST_SLOT_BITS)
         self.cells = 1 << self.slot_bits
         # Ticks are a power of two, and so are bins.
         self.unit = TICKS // a.bins[:2]
