@@ -90,6 +90,11 @@ def planned(
     return numbers(found) | why | {"cpu_s": time.process_time() - begun}, found
 
 
+def at_bins(problem: pact.Problem, bins: int) -> float | None:
+    """Joules of bucket's plan at so many bins of progress, and a 64th of time."""
+    return planned(problem, at=(bins, max(bins // 64, 1)), limit_s=60.0)[0]["joules"]
+
+
 def numbers(found: pact.Plan | None) -> Record:
     """What is recorded of a plan."""
     if found is None:

@@ -54,8 +54,7 @@ def measure(config, identity: Record) -> Record:
         estimated = graph.estimate(expanded, bins)
         record["bounds"][bins] = proof.least_joules(expanded, estimated)
     for bins in config.bins:
-        at = planned(problem, at=(bins, 4), limit_s=60.0)[0]
-        record["resolution"][bins] = at["joules"]
+        record["resolution"][bins] = pact_driver.at_bins(problem, bins)
     return record
 
 
@@ -96,7 +95,7 @@ def text(records: list[Record]) -> list[str]:
         "and one by one, both once compiled.",
         report.markdown(_batches(records)),
         "## Resolution",
-        "Plans at a fixed number of bins of progress (and 4 of time), and the bound "
+        "Plans at a fixed number of bins of progress (and a 64th of time), and the bound "
         "that is proved from an estimate on as many points of progress.",
         report.markdown(_resolutions(records)),
     ]
