@@ -95,8 +95,8 @@ def text(records: list[Record]) -> list[str]:
         "and one by one, both once compiled.",
         report.markdown(_batches(records)),
         "## Resolution",
-        "Plans at a fixed number of bins of progress (and a 64th of time), and the bound "
-        "that is proved from an estimate on as many points of progress.",
+        "Plans at a fixed number of bins of progress (and a 64th of time), and the "
+        "bound that is proved from an estimate on as many points of progress.",
         report.markdown(_resolutions(records)),
     ]
 
