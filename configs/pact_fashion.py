@@ -21,6 +21,8 @@ from collections.abc import Callable
 
 import ml_collections
 
+_EIGHT_BITS = "parameter_server(download=qsgd(8))"
+
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """One run.
@@ -80,15 +82,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         _cluster("server", "gateway", 200),
         _cluster("gateway", "sensor", 180),
     )
-    # "dense" or a rule for the ratio of entries that are uploaded.
+    # "dense" or a rule for the ratio of entries that are uploaded; downloads are
+    # uncompressed, unless a level has an aggregator of its own. (Uploads are never
+    # quantised: the parameter server has no such messages.)
     config.gradient_levels = (
         {"name": "none", "method": "dense"},
-        {
-            "name": "top-k 10 %",
-            "method": "uniform(0.1)",
-            "flops_per_parameter": 20.0,
-            "bytes_per_parameter": 4.0,
-        },
+        _level("top-k 10 %", "uniform(0.1)"),
+        _level("top-k 1 %", "uniform(0.01)"),
+        _level("top-k 10 %, 8 bits down", "uniform(0.1)", _EIGHT_BITS),
     )
     config.data_fractions = (0.5, 1.0)
     config.sample_bytes = 784.0
@@ -101,8 +102,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.max_epochs = 40
 
     # The profile: runs of each version up to last_samples, measured at points of a
-    # geometric series; the first seed is fitted to, the others only predicted.
-    config.profile_seeds = (0, 1)
+    # geometric series. All of profile_seeds are fitted to, together, and test_seeds
+    # only predicted. Plans are carried out with other seeds.
+    config.profile_seeds = (10, 11, 12)
+    config.test_seeds = (13, 14)
     config.first_samples = 2_500
     config.last_samples = 72_000
     config.points = 14
@@ -118,7 +121,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.experiment += "_skewed"
         config.profile = config.profile.replace(".json", "_skewed.json")
         config.split = "skewed((0.4, 0.35, 0.25), concentration=10.0)"
-        config.profile_seeds = (0,)
     if arg == "quick":
         config.experiment += "_quick"
         config.profile = "workdir/pact_quick_profile.json"
@@ -130,7 +132,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             _cluster("server", "gateway", 20),
         )
         config.sample_bytes = 64.0
-        config.profile_seeds = (0,)
+        config.gradient_levels = config.gradient_levels[:2]
+        config.profile_seeds, config.test_seeds = (1, 2), (3,)
         config.first_samples, config.last_samples, config.points = 100, 2_500, 6
         config.jump_points, config.recovery_samples = 3, 100
         config.max_loss, config.deadline_s, config.max_epochs = 0.6, 60.0, 10
@@ -164,6 +167,13 @@ def _link(a, b, bits_per_s, joules_per_bit):
         "joules_per_bit": joules_per_bit,
         "latency_s": 0.005,
     }
+
+
+def _level(name, method, aggregator=""):
+    # Roughly: a selection reads every entry a few times. Errors are kept in float32.
+    made = {"flops_per_parameter": 20.0, "bytes_per_parameter": 4.0}
+    given = {"aggregator": aggregator} if aggregator else {}
+    return {"name": name, "method": method, **given, **made}
 
 
 def _cluster(coordinator, member, rounds_per_epoch):

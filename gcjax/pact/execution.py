@@ -26,7 +26,7 @@ References:
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +179,8 @@ def _given(config, trainer: Trainer, params: Params) -> tuple[Params, np.ndarray
     seen = np.zeros(len(names), np.int64)
     for _ in range(config.start_epochs):
         rounds = cluster.get("rounds_per_epoch", 1)
-        done = trainer.epoch(params, members, 1.0, rounds, "dense", seen)
+        level = training.UNCOMPRESSED
+        done = trainer.epoch(params, members, 1.0, rounds, level, seen)
         params = done.params
         seen[list(members)] += done.samples
     return params, seen
@@ -220,11 +221,10 @@ def carry_out(site: Site, state: State, step: Step) -> tuple[State, dict[str, An
     params, before, moved, joules, seconds = _brought(site, state, step, cluster)
     names = [node.name for node in problem.nodes]
     members = tuple(names.index(m) for m in cluster.members)
-    method, coding = _level(site.config, step.level)
+    level = _level(site.config, step.level)
+    coding = level.get("flops_per_parameter", 0.0)
     rounds = cluster.rounds_per_epoch
-    done = site.trainer.epoch(
-        params, members, step.fraction, rounds, method, state.seen
-    )
+    done = site.trainer.epoch(params, members, step.fraction, rounds, level, state.seen)
     costs = site.costs(step.version, params)
     flops = [
         costs.flops_per_sample * n + done.rounds * coding * costs.parameters
@@ -296,12 +296,10 @@ def _brought(
     return params, loss, moved, joules, seconds
 
 
-def _level(config, name: str) -> tuple[str, float]:
-    """How gradients travel at a level, and FLOPs per parameter and round for it."""
-    for level in config.gradient_levels:
-        if level["name"] == name:
-            return level["method"], level.get("flops_per_parameter", 0.0)
-    return "dense", 0.0  # a node alone
+def _level(config, name: str) -> Mapping[str, Any]:
+    """The config's gradient level of that name; a node alone has none."""
+    named = {level["name"]: level for level in config.gradient_levels}
+    return named.get(name, training.UNCOMPRESSED)
 
 
 def _effective_samples(problem: Problem, step: Step, holder: str) -> float:

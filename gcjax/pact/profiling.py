@@ -8,6 +8,7 @@ version costs. `problem` makes of that, and of a config's nodes and targets, wha
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,11 +22,13 @@ from gcjax.pact import compressors, training
 from gcjax.pact.compressors import ModelCompressor, Params
 from gcjax.pact.predictor import Exponential, PowerLaw, fit_curve, fit_jump, next_loss
 from gcjax.pact.problem import Problem, from_config
-from gcjax.pact.training import Trainer
+from gcjax.pact.training import UNCOMPRESSED, Trainer
 from gcjax.tasks import Task
 
 Curve = PowerLaw | Exponential
-_LEAST = 0.01  # efficiency, where a cluster's epoch gained nothing
+# What levels have in configs and profiles, but not in problems.
+_OURS = ("method", "aggregator", "error")
+_LEAST = 0.01  # efficiency, where a cluster's epochs gained nothing
 
 
 class Pilot(NamedTuple):
@@ -57,8 +60,14 @@ def profile(
 ) -> dict[str, Any]:
     """Measures and fits all that plans need; a record of one JSON file.
 
-    The first of `config.profile_seeds` is what is fitted to; runs with the others are
-    there to see how well that predicts them.
+    Everything is fitted to the runs of all `config.profile_seeds` together; those of
+    `config.test_seeds` are only there to see how well that predicts them. Plans should
+    be carried out with seeds that are in neither.
+
+    Each version's `residual` is the root mean square of the logarithm of fitted over
+    measured losses, at all points of all runs: the noise of a loss measured anywhere.
+    Its `late_residual` is that of the later half of each run's points, where targets
+    lie and losses scatter less: a margin at the end of a plan is counted in it.
 
     Args:
       config: As configs/pact_fashion.py has it.
@@ -69,37 +78,42 @@ def profile(
     """
     begun = time.perf_counter()
     record = results.new_record(config, "profile") | {"runs": []}
-    fitted_to, *unseen = (_pilot(config, seed) for seed in config.profile_seeds)
-    for pilot in (fitted_to, *unseen):
+    pilots = [_pilot(config, seed) for seed in config.profile_seeds]
+    unseen = (_pilot(config, seed) for seed in config.test_seeds)
+    for pilot in itertools.chain(pilots, unseen):
         for share in config.shares:
             run = _run(pilot, share) | {"seed": pilot.config.seed}
             record["runs"].append(run)
             tell(f"{run['version']}, seed {run['seed']}: loss {run['losses'][-1]:.4f}")
-        if pilot is not fitted_to:
-            pilot.checkpoints.clear()
     record["top_loss"] = max(run["first_loss"] for run in record["runs"])
-    runs = dict(zip(config.shares, record["runs"], strict=False))
-    fits = {
-        share: fit_curve(run["samples"], run["losses"], config.curve)
-        for share, run in runs.items()
-    }
-    curves = {share: curve for share, (curve, _) in fits.items()}
-    record["versions"] = [
-        _version(fitted_to, share, *fit) for share, fit in fits.items()
-    ]
+    curves = {}
+    record["versions"] = []
+    for share in config.shares:
+        runs = [
+            run
+            for run in record["runs"]
+            if run["version"] == version_name(share)
+            and run["seed"] in config.profile_seeds
+        ]
+        points = ([run[name] for run in runs] for name in ("samples", "losses"))
+        curves[share], off = fit_curve(*points, config.curve)
+        record["versions"].append(_version(pilots[0], share, curves[share], off))
     tell(f"costs: {[v['flops_per_sample'] for v in record['versions']]} FLOP a sample")
     record["switches"] = []
-    for i, source in enumerate(config.shares):
-        for target in config.shares[i + 1 :]:
-            measured = _switch(fitted_to, source, target, curves[target])
-            jump = _fitted_jump(measured, record["top_loss"])
-            record["switches"].append(measured | {"jump": jump})
+    for source, target in itertools.combinations(config.shares, 2):
+        each = [_switch(pilot, source, target, curves[target]) for pilot in pilots]
+        measured = each[0] | {
+            name: sum((one[name] for one in each), [])
+            for name in ("before", "at_once", "effective")
+        }
+        jump = _fitted_jump(measured, record["top_loss"])
+        record["switches"].append(measured | {"jump": jump})
     tell(
         "switches: "
         + ", ".join(f"{s['jump']['height']:.3f}" for s in record["switches"])
     )
-    record["clusters"], record["gradient_levels"] = _exchanges(fitted_to, curves)
-    tell(f"clusters: {[(c['name'], c['efficiency']) for c in record['clusters']]}")
+    exchanges = _exchanges(pilots, curves, record["versions"], tell)
+    record["clusters"], record["gradient_levels"] = exchanges
     seconds = time.perf_counter() - begun
     return record | {"status": "done", "wall_seconds": seconds}
 
@@ -138,7 +152,7 @@ def _size(trainer: Trainer) -> int:
     return len(jax.tree.leaves(trainer.pooled(0))[0])
 
 
-def _version(pilot: Pilot, share: float, curve: Curve, residual: float) -> dict:
+def _version(pilot: Pilot, share: float, curve: Curve, off: np.ndarray) -> dict:
     counted = compressors.costs(
         pilot.compressor,
         pilot.task,
@@ -147,12 +161,14 @@ def _version(pilot: Pilot, share: float, curve: Curve, residual: float) -> dict:
         pilot.trainer.optimizer,
     )
     kind = "power" if isinstance(curve, PowerLaw) else "exponential"
+    size = lambda off: float(np.sqrt(np.mean(off**2)))
     return {
         "name": version_name(share),
         "share": share,
         **counted._asdict(),
         "curve": {"kind": kind, **dataclasses.asdict(curve)},
-        "residual": residual,
+        "residual": size(off),
+        "late_residual": size(off[:, off.shape[1] // 2 :]),
     }
 
 
@@ -195,83 +211,117 @@ def _fitted_jump(measured: Mapping[str, Any], top_loss: float) -> dict[str, floa
     return dataclasses.asdict(fit_jump(before, np.minimum(after, top_loss), top_loss))
 
 
-def _exchanges(pilot: Pilot, curves: Mapping[float, Curve]) -> tuple[list, list]:
-    """Efficiency of clusters and gradient levels, and what levels send.
+class Tried(NamedTuple):
+    """An epoch that a cluster has tried several times, at one gradient level."""
 
-    Every cluster trains the smallest version, which all can hold, for an epoch from two
-    checkpoints; how far that led along the curve, for each sample, is its efficiency,
-    at most 1. That of a level is relative to uncompressed gradients. It
-    is taken to be the same for other versions. Bits are counted for each version.
+    gains: np.ndarray  # [n], effective samples per sample, from n checkpoints
+    up_fraction: float  # bits sent to the coordinator per bit of the model
+    down_fraction: float  # the same, back
+
+
+def _exchanges(pilots: list[Pilot], curves, versions, tell) -> tuple[list, list]:
+    """Efficiency of clusters and gradient levels, and what levels send, by version.
+
+    Every cluster trains every version for an epoch from two checkpoints of each seed;
+    how far that led along the curve, for each sample, is its efficiency, at most 1.
+    That of a level is relative to uncompressed gradients, in all clusters of several
+    nodes together. Where there is no memory for a version, the next smaller one's value
+    stands in its place; no plan can use it.
     """
-    config, trainer = pilot.config, pilot.trainer
-    smallest = config.shares[-1]
-    names = [node["name"] for node in config.nodes]
-    points = pilot.checkpoints[smallest]
-    starts = [points[len(points) // 3], points[2 * len(points) // 3]]
-    seen = np.full(len(names), config.last_samples)
+    config, columns = pilots[0].config, []
+    for version in reversed(versions):  # from small to large
+        smaller = columns[-1] if columns else {}
+        found = _measured(pilots, curves[version["share"]], version)
+        columns.append(smaller | found)
+        gains = ", ".join(f"{k[1]} {v['efficiency']:.3f}" for k, v in found.items())
+        tell(f"efficiencies of {version['name']}: {gains}")
+    columns.reverse()
 
-    def gain(members, rounds, method) -> float:
-        """Effective samples per sample, the mean of both checkpoints."""
-        gains = []
-        for loss, params in starts:
-            done = trainer.epoch(params, members, 1.0, rounds, method, seen)
-            later = trainer.evaluate(done.params)["loss"]
-            gains.append(efficiency(curves[smallest], loss, sum(done.samples), later))
-        return float(np.mean(gains))
+    def rows(part: str) -> list[dict[str, Any]]:
+        made = []
+        for name in (x["name"] for x in config[part]):
+            if (part, name) not in columns[-1]:
+                raise ValueError(
+                    f"{part}: no nodes have memory for the smallest version with "
+                    f"{name!r}: remove it, or give them more"
+                )
+            each = [column[part, name] for column in columns]
+            made.append({"name": name} | {k: [x[k] for x in each] for k in each[0]})
+        return made
 
-    clusters, relative = [], {level["name"]: [] for level in config.gradient_levels}
+    return rows("clusters"), rows("gradient_levels")
+
+
+def _measured(pilots: list[Pilot], curve: Curve, version: Mapping[str, Any]) -> dict:
+    """By part of the problem and name, all that can be measured of one version."""
+    config, found = pilots[0].config, {}
+    room = {node["name"]: node["memory_bytes"] for node in config.nodes}
+    pairs: dict[str, list[tuple[Tried, Tried]]] = {}
     for cluster in config.clusters:
-        members = tuple(names.index(m) for m in cluster["members"])
-        rounds = cluster.get("rounds_per_epoch", 1)
-        plain = gain(members, rounds, "dense")
-        clusters.append({"name": cluster["name"], "efficiency": plain})
-        for level in config.gradient_levels if len(members) > 1 else ():
-            method = level["method"]
-            own = plain if method == "dense" else gain(members, rounds, method)
-            relative[level["name"]].append(min(own / plain, 1.0))
-    return clusters, [
-        _level(pilot, level, relative) for level in config.gradient_levels
-    ]
+        least = min(room[m] for m in cluster["members"])
+        if version["training_bytes"] > least:
+            continue
+        plain = _tried(pilots, curve, version["share"], cluster, UNCOMPRESSED)
+        found["clusters", cluster["name"]] = _relative(plain.gains, 1.0)
+        for level in config.gradient_levels if len(cluster["members"]) > 1 else ():
+            more = level.get("bytes_per_parameter", 0.0) * version["parameters"]
+            if version["training_bytes"] + more > least:
+                continue
+            same = level["method"] == "dense" and "aggregator" not in level
+            args = version["share"], cluster, level
+            coded = plain if same else _tried(pilots, curve, *args)
+            pairs.setdefault(level["name"], []).append((coded, plain))
+    for name, tried in pairs.items():
+        gains = [sum(t.gains for t in side) for side in zip(*tried, strict=True)]
+        found["gradient_levels", name] = _relative(*gains) | {
+            part: float(np.mean([getattr(coded, part) for coded, _ in tried]))
+            for part in ("up_fraction", "down_fraction")
+        }
+    return found
 
 
-def _level(pilot: Pilot, level: Mapping[str, Any], relative: Mapping) -> dict[str, Any]:
-    """Bits of a level that the aggregator declares in one round, by version."""
-    config, found = pilot.config, relative[level["name"]]
+def _tried(pilots: list[Pilot], curve: Curve, share: float, cluster, level) -> Tried:
+    config = pilots[0].config
     names = [node["name"] for node in config.nodes]
-    cluster = next(c for c in config.clusters if len(c["members"]) > 1)
     members = tuple(names.index(m) for m in cluster["members"])
-    sizes = pilot.trainer.histograms.sum(1)[list(members)]
-    # One round of few samples, for the bits alone.
-    part = config.batch_size / sizes.max()
-    up, down = [], []
-    for share in config.shares:
-        _, params = pilot.checkpoints[share][0]
-        method, seen = level["method"], np.zeros(len(names), int)
-        done = pilot.trainer.epoch(params, members, part, 1, method, seen)
-        bits = 8 * pilot.compressor.parameter_bytes(params) * done.rounds
-        up.append(done.up_bits[1] / bits)
-        down.append(done.down_bits[1] / bits)
-    mean = float(np.mean(found)) if found else 1.0
-    return {
-        "name": level["name"],
-        "up_fraction": up,
-        "down_fraction": down,
-        "efficiency": [mean] * len(up),
-    }
+    rounds = cluster.get("rounds_per_epoch", 1)
+    # Batches that the checkpoints have not seen.
+    seen = np.full(len(names), config.last_samples)
+    gains, up, down = [], 0.0, 0.0
+    for pilot in pilots:
+        points = pilot.checkpoints[share]
+        for loss, params in (points[len(points) // 3], points[2 * len(points) // 3]):
+            done = pilot.trainer.epoch(params, members, 1.0, rounds, level, seen)
+            later = pilot.trainer.evaluate(done.params)["loss"]
+            gains.append(efficiency(curve, loss, sum(done.samples), later))
+            if len(members) > 1:
+                bits = 8 * pilot.compressor.parameter_bytes(params) * done.rounds
+                up, down = done.up_bits[1] / bits, done.down_bits[1] / bits
+    return Tried(np.array(gains), up, down)
+
+
+def _relative(gains: np.ndarray, plain: np.ndarray | float) -> dict[str, float]:
+    """Efficiency that gains [n] have over others, and its standard error."""
+    base = max(float(np.mean(plain)), _LEAST)
+    ratio = float(np.clip(np.mean(gains) / base, _LEAST, 1.0))
+    error = np.std(gains - ratio * plain) / np.sqrt(max(len(gains) - 1, 1)) / base
+    return {"efficiency": ratio, "error": float(error)}
 
 
 def efficiency(curve: Curve, loss: float, samples: int, later: float) -> float:
-    """Share of the samples that count, if they led from a loss to a later one.
+    """Share of the samples that counted, if they led from a loss to a later one.
 
-    At least 0.01, where nothing was gained, and 1 where the curve promises no more.
+    Losses are noisy, so that single shares may be below 0 or above 1; they are cut at
+    -1 and 2, which also stands where a loss is below the curve's floor.
+
+    Args:
+      curve: Of the version.
+      loss: Before, above the curve's floor.
+      samples: Trained on.
+      later: Loss after.
     """
-    least, most = (next_loss(curve, loss, share * samples) for share in (_LEAST, 1.0))
-    if later >= least:
-        return _LEAST
-    if later <= most:
-        return 1.0
     effective = curve.progress(later) - curve.progress(loss)
-    return float(np.clip(effective / samples, _LEAST, 1.0))
+    return float(np.clip(effective / samples, -1.0, 2.0))
 
 
 # --- From a profile to a problem. -----------------------------------------------------
@@ -322,7 +372,7 @@ def problem(
                 pick(s, "source", "target", "flops", "jump") for s in record["switches"]
             ],
             "gradient_levels": [
-                {k: v for k, v in {**levels[c["name"]], **c}.items() if k != "method"}
+                {k: v for k, v in {**levels[c["name"]], **c}.items() if k not in _OURS}
                 for c in config.gradient_levels
             ],
             "top_loss": record["top_loss"],
