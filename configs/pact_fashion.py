@@ -30,12 +30,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     Args:
       arg: None; "trained" to start from a whole network that the server has trained for
         an epoch; "skewed" for nodes that hold different mixtures of classes, which
-        needs a profile of its own; "quick" for seconds, with data that needs no
-        download.
+        needs a profile of its own; "joint" for nodes that lack whole classes, so that
+        they have to cooperate, over slow links, with a profile of its own; "quick" for
+        seconds, with data that needs no download.
     """
-    if arg not in (None, "trained", "skewed", "quick"):
+    if arg not in (None, "trained", "skewed", "joint", "quick"):
         raise ValueError(
-            f"the config's argument can be 'trained', 'skewed' or 'quick', got {arg!r}"
+            "the config's argument can be 'trained', 'skewed', 'joint' or 'quick', got "
+            f"{arg!r}"
         )
     config = ml_collections.ConfigDict()
     # Names the folder of records; other scripts than report.py leave "bench_" alone.
@@ -79,8 +81,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         {"name": "server", "members": ("server",)},
         {"name": "gateway", "members": ("gateway",)},
         {"name": "sensor", "members": ("sensor",)},
-        _cluster("server", "gateway", 200),
-        _cluster("gateway", "sensor", 180),
+        _cluster("server", ("gateway",), 200),
+        _cluster("gateway", ("sensor",), 180),
     )
     # "dense" or a rule for the ratio of entries that are uploaded; downloads are
     # uncompressed, unless a level has an aggregator of its own. (Uploads are never
@@ -111,9 +113,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.points = 14
     # "power" or "exponential".
     config.curve = "power"
-    # Checkpoints that are compressed, and samples until the loss is measured again.
+    # Checkpoints of each run that are compressed, and samples until the loss is
+    # measured again.
     config.jump_points = 5
     config.recovery_samples = 1_500
+    # Checkpoints of each run from which clusters train for an epoch.
+    config.tried_points = 2
     if arg == "trained":
         config.experiment += "_trained"
         config.start_epochs = 1
@@ -121,6 +126,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.experiment += "_skewed"
         config.profile = config.profile.replace(".json", "_skewed.json")
         config.split = "skewed((0.4, 0.35, 0.25), concentration=10.0)"
+        config.tried_points = 1
+    if arg == "joint":
+        config.experiment += "_joint"
+        config.profile = config.profile.replace(".json", "_joint.json")
+        config.split = "skewed((0.4, 0.35, 0.25), concentration=0.5)"
+        config.nodes[2]["memory_bytes"] = 8e6  # the whole network's room
+        config.clusters = (
+            *config.clusters[:3],
+            _cluster("gateway", ("server", "sensor"), 200),
+        )
+        config.tried_points = 1
     if arg == "quick":
         config.experiment += "_quick"
         config.profile = "workdir/pact_quick_profile.json"
@@ -129,7 +145,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.batch_size = 25
         config.clusters = (
             *config.clusters[:3],
-            _cluster("server", "gateway", 20),
+            _cluster("server", ("gateway",), 20),
         )
         config.sample_bytes = 64.0
         config.gradient_levels = config.gradient_levels[:2]
@@ -176,9 +192,9 @@ def _level(name, method, aggregator=""):
     return {"name": name, "method": method, **given, **made}
 
 
-def _cluster(coordinator, member, rounds_per_epoch):
+def _cluster(coordinator, others, rounds_per_epoch):
     return {
-        "name": f"{coordinator}+{member}",
-        "members": (coordinator, member),
+        "name": "+".join((coordinator, *others)),
+        "members": (coordinator, *others),
         "rounds_per_epoch": rounds_per_epoch,
     }

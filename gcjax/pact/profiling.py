@@ -80,6 +80,7 @@ def profile(
     record = results.new_record(config, "profile") | {"runs": []}
     pilots = [_pilot(config, seed) for seed in config.profile_seeds]
     unseen = (_pilot(config, seed) for seed in config.test_seeds)
+    record["histograms"] = pilots[0].trainer.histograms.tolist()
     for pilot in itertools.chain(pilots, unseen):
         for share in config.shares:
             run = _run(pilot, share) | {"seed": pilot.config.seed}
@@ -222,8 +223,8 @@ class Tried(NamedTuple):
 def _exchanges(pilots: list[Pilot], curves, versions, tell) -> tuple[list, list]:
     """Efficiency of clusters and gradient levels, and what levels send, by version.
 
-    Every cluster trains every version for an epoch from two checkpoints of each seed;
-    how far that led along the curve, for each sample, is its efficiency, at most 1.
+    Every cluster trains every version for an epoch from `config.tried_points`
+    checkpoints of each seed, spread over its run; how far that led along the curve, for each sample, is its efficiency, at most 1.
     That of a level is relative to uncompressed gradients, in all clusters of several
     nodes together. Where there is no memory for a version, the next smaller one's value
     stands in its place; no plan can use it.
@@ -289,8 +290,9 @@ def _tried(pilots: list[Pilot], curve: Curve, share: float, cluster, level) -> T
     seen = np.full(len(names), config.last_samples)
     gains, up, down = [], 0.0, 0.0
     for pilot in pilots:
-        points = pilot.checkpoints[share]
-        for loss, params in (points[len(points) // 3], points[2 * len(points) // 3]):
+        points, count = pilot.checkpoints[share], config.tried_points
+        for i in range(1, count + 1):
+            loss, params = points[i * len(points) // (count + 1)]
             done = pilot.trainer.epoch(params, members, 1.0, rounds, level, seen)
             later = pilot.trainer.evaluate(done.params)["loss"]
             gains.append(efficiency(curve, loss, sum(done.samples), later))
