@@ -13,7 +13,7 @@ versions that `compressors.py` makes; these train, and so are imported by themse
 """
 
 from gcjax.pact.baselines import BASELINES
-from gcjax.pact.horizon import cautious, follow, until_met, widest
+from gcjax.pact.horizon import cautious, follow, until_met, widest, with_margin
 from gcjax.pact.planning import (
     SOLVERS,
     attempt,
@@ -91,6 +91,7 @@ __all__ = [
     # predictors that may be wrong
     "cautious",
     "widest",
+    "with_margin",
     "follow",
     "until_met",
     # synthetic problems

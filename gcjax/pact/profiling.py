@@ -224,10 +224,11 @@ def _exchanges(pilots: list[Pilot], curves, versions, tell) -> tuple[list, list]
     """Efficiency of clusters and gradient levels, and what levels send, by version.
 
     Every cluster trains every version for an epoch from `config.tried_points`
-    checkpoints of each seed, spread over its run; how far that led along the curve, for each sample, is its efficiency, at most 1.
-    That of a level is relative to uncompressed gradients, in all clusters of several
-    nodes together. Where there is no memory for a version, the next smaller one's value
-    stands in its place; no plan can use it.
+    checkpoints of each seed, spread over its run; how far that led along the curve, for
+    each sample, is its efficiency, at most 1. That of a level is relative to
+    uncompressed gradients, in all clusters of several nodes together. Where there is no
+    memory for a version, the next smaller one's value stands in its place; no plan can
+    use it.
     """
     config, columns = pilots[0].config, []
     for version in reversed(versions):  # from small to large

@@ -1,0 +1,39 @@
+"""Question: is it worth planning model versions and gradient levels together?
+
+As configs/pact_fashion.py, but nodes hold few classes each, so that they have to
+cooperate, and all three can, around the gateway; the sensor has room for the whole
+network. With a profile of its own, in which levels' efficiencies are measured.
+
+Profile: python scripts/pact_profile.py --config=configs/pact_fashion_joint.py
+All runs: python scripts/sweep.py --config=configs/pact_fashion_joint.py
+"""
+
+import itertools
+from collections.abc import Callable
+
+import ml_collections
+
+from configs import pact_fashion
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """One run; with "quick" in seconds."""
+    config = pact_fashion.get_config(arg)
+    config.experiment = "bench_pact_fashion_joint"
+    config.profile = config.profile.replace(".json", "_joint.json")
+    config.split = "skewed((0.4, 0.35, 0.25), concentration=0.5)"
+    config.nodes[2]["memory_bytes"] = 8e6  # room for the whole network
+    config.clusters = (
+        *config.clusters[:3],
+        pact_fashion.cluster("gateway", ("server", "sensor"), 20 if arg else 200),
+    )
+    config.tried_points = 1
+    config.methods, config.replan = ("joint",), False
+    return config
+
+
+def sweep(add: Callable) -> None:
+    """Calls `add` with what each run of the experiment overrides."""
+    ways = "joint", "model only", "gradients only", "model, then gradients"
+    for way, seed in itertools.product(ways, (0, 1, 2)):
+        add(methods=(way,), seed=seed)
