@@ -82,7 +82,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         cluster("server", ("gateway",), 200),
         cluster("gateway", ("sensor",), 180),
     )
-    # "dense" or a rule for the ratio of entries that are uploaded; downloads are
+    # The first is uncompressed. Methods are "dense" or a rule for the ratio of entries
+    # that are uploaded; downloads are
     # uncompressed, unless a level has an aggregator of its own. (Uploads are never
     # quantised: the parameter server has no such messages.)
     config.gradient_levels = (
@@ -116,7 +117,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.jump_points = 5
     config.recovery_samples = 1_500
     # Checkpoints of each run from which clusters train for an epoch.
-    config.tried_points = 2
+    config.tried_points = 1
     if arg == "quick":
         config.experiment += "_quick"
         config.profile = "workdir/pact_quick_profile.json"

@@ -5,6 +5,7 @@ cooperate, and all three can, around the gateway; the sensor has room for the wh
 network. With a profile of its own, in which levels' efficiencies are measured.
 
 Profile: python scripts/pact_profile.py --config=configs/pact_fashion_joint.py
+Plans: python scripts/pact_joint_measured.py
 All runs: python scripts/sweep.py --config=configs/pact_fashion_joint.py
 """
 
@@ -27,8 +28,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         *config.clusters[:3],
         pact_fashion.cluster("gateway", ("server", "sensor"), 20 if arg else 200),
     )
-    config.tried_points = 1
     config.methods, config.replan = ("joint",), False
+    # For scripts/pact_joint_measured.py: factors of links' rates, target losses, and
+    # deadlines between the fastest plan's time (0) and the most frugal one's (1), in
+    # the logarithm.
+    config.link_rates = (1.0, 0.3, 0.1)
+    config.losses = (0.7, 0.6, 0.5)
+    config.deadlines = (0.1, 0.4)
     return config
 
 

@@ -21,7 +21,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.experiment = "bench_pact_fashion_skewed"
     config.profile = config.profile.replace(".json", "_skewed.json")
     config.split = "skewed((0.4, 0.35, 0.25), concentration=10.0)"
-    config.tried_points = 1
     return config
 
 

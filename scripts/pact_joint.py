@@ -8,6 +8,7 @@ again.
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -71,13 +72,13 @@ def text(problems: list[Record]) -> list[str]:
         "the default solver.",
     ]
     matters = [
-        c for c in found if any(r > 1.01 for name in _SINGLE for r in _over([c], name))
+        c for c in found if any(r > 1.01 for name in _SINGLE for r in ratios([c], name))
     ]
-    parts += ["## All cases", report.markdown(_table(found))]
+    parts += ["## All cases", report.markdown(compared(found))]
     parts += [
         f"## The {len(matters)} cases where compressed gradients gain anything",
         "Those where one of the plans without gradient levels is more than 1 % dearer.",
-        report.markdown(_table(matters)) if matters else "None.",
+        report.markdown(compared(matters)) if matters else "None.",
     ]
     return parts
 
@@ -90,7 +91,8 @@ def _cases(problems: list[Record]) -> list[Record]:
     ]
 
 
-def _table(found: list[Record]) -> list[list[str]]:
+def compared(found: list[Record]) -> list[list[str]]:
+    """A table of ways to plan over many cases, each as `tuned` makes it."""
     table = [
         [
             "tuned",
@@ -106,7 +108,7 @@ def _table(found: list[Record]) -> list[list[str]]:
         plans = [c["plans"][name] for c in found]
         there = [p for p in plans if p["joules"]]
         row = [name, f"{len(there)}/{len(found)}"]
-        over = _over(found, name)
+        over = ratios(found, name)
         if over:
             mean = np.exp(np.mean(np.log(over)))
             row += [f"{mean:.3f}", f"{np.median(over):.3f}", f"{max(over):.3f}"]
@@ -119,7 +121,7 @@ def _table(found: list[Record]) -> list[list[str]]:
     return table
 
 
-def _over(found: list[Record], name: str) -> list[float]:
+def ratios(found: Iterable[Record], name: str) -> list[float]:
     """Energies over the joint plan's."""
     pairs = [(c["plans"][name]["joules"], c["plans"][JOINT]["joules"]) for c in found]
     return [a / b for a, b in pairs if a and b]
@@ -129,7 +131,7 @@ def _ratios(figure: Figure, problems: list[Record]) -> None:
     """Ratios of all cases, sorted, for each way to tune."""
     ax, found = figure.subplots(), _cases(problems)
     for name in WAYS[:-1]:
-        over = sorted(_over(found, name))
+        over = sorted(ratios(found, name))
         if over:
             share = np.arange(1, len(over) + 1) / len(found)
             ax.step(over, share, where="post", label=name)

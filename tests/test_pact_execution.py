@@ -180,16 +180,21 @@ def test_a_refit_finds_how_much_faster_a_run_is(curve):
 
 
 def test_efficiency_is_the_share_of_samples_that_counted():
-    curve = pact.PowerLaw(0.3, 40.0, 0.5)
+    curve, before = pact.PowerLaw(0.3, 40.0, 0.5), np.array([1.2, 0.7])
+    samples = np.array([5_000, 9_000])
     for share in (0.02, 0.4, 0.9):
-        later = float(pact.next_loss(curve, 1.2, share * 5_000))
-        np.testing.assert_allclose(
-            profiling.efficiency(curve, 1.2, 5_000, later), share, rtol=1e-6
-        )
-    # Noise is not cut off, or means would be too low.
-    assert -1 <= profiling.efficiency(curve, 1.2, 5_000, 1.3) < 0
-    assert profiling.efficiency(curve, 1.2, 50, 2.0) == -1
-    assert profiling.efficiency(curve, 1.2, 5_000, 0.2) == 2.0  # below the floor
+        after = pact.next_loss(curve, before, share * samples)
+        found, error = pact.fit_efficiency(curve, before, samples, after)
+        assert found == pytest.approx(share, rel=5e-3) and error < 0.01
+        # The early epoch decides, where the curve is steep.
+        noisy = pact.fit_efficiency(curve, before, samples, after * [1.0, 1.03])
+        late = pact.fit_efficiency(curve, before[1:], samples[1:], after[1:] * 1.03)
+        assert abs(noisy[0] - share) < abs(late[0] - share) and noisy[1] > error
+    for after, share in (([1.3, 0.8], 0.01), ([0.4, 0.35], 1.0)):
+        assert pact.fit_efficiency(curve, before, samples, after)[0] == share
+    assert np.isinf(pact.fit_efficiency(curve, [1.2], [5_000], [1.0])[1])
+    with pytest.raises(ValueError, match="not finite"):
+        pact.fit_efficiency(curve, before, samples, [np.nan, 1.0])
 
 
 def test_prediction_errors_look_so_many_points_ahead():
@@ -363,8 +368,8 @@ def test_plans_with_a_margin_aim_lower(profiled, tmp_path):
             run["plan"][-1][4] <= run["aimed_loss"] <= run["final"]["max_loss"] == 1.4
         )
         assert {e["aimed_loss"] for e in run["epochs"]} == {run["aimed_loss"]}
-    assert far["margin"] == 0.75 and 1.4 * 0.25 < far["aimed_loss"] < 1.4 * 0.9
         assert run["label"] == "plan with margin"
+    assert far["margin"] == 0.75 and 1.4 * 0.25 < far["aimed_loss"] < 1.4 * 0.9
     # Training stops at the target itself.
     config.replan = True
     run = execution.execute(config, "plan", tmp_path)
@@ -418,7 +423,7 @@ def test_least_loss_is_the_best_epoch_in_time(profiled):
 
 def test_a_profile_is_measured_and_can_be_planned_with(tmp_path):
     """A model of one layer, whose versions are all alike: the path, in seconds."""
-    config = quick("logistic", last_samples=1_500, tried_points=1)
+    config = quick("logistic", last_samples=1_500)
     config.clusters = config.clusters[::3]
     record = profiling.profile(config, tell=lambda line: None)
     results.write(record, tmp_path / "bench_pact_profile" / "toy.json")

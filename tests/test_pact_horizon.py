@@ -111,10 +111,10 @@ def test_a_margin_is_lowered_to_what_the_deadline_has_room_for():
         plan, margin = pact.with_margin(guess, 0.2, 0.0)
         aimed = guess.with_target(max_loss=guess.max_loss * (1 - margin))
         assert pact.feasible(aimed, plan)
-        kept.append(round(8 * margin / 0.2))
-        assert margin == pytest.approx(0.2 * kept[-1] / 8)
-        if kept[-1] < 8:
-            more = guess.max_loss * (1 - 0.2 * (kept[-1] + 1) / 8)
+        kept.append(round(4 * margin / 0.2))
+        assert margin == pytest.approx(0.2 * kept[-1] / 4)
+        if kept[-1] < 4:
+            more = guess.max_loss * (1 - 0.2 * (kept[-1] + 1) / 4)
             assert exact.brute_force(guess.with_target(max_loss=more)) is None
         same, none = pact.with_margin(guess, 0.0, 0.0)
         assert same == exact.brute_force(guess) and none == 0

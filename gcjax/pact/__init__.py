@@ -27,6 +27,7 @@ from gcjax.pact.predictor import (
     Jump,
     PowerLaw,
     fit_curve,
+    fit_efficiency,
     fit_jump,
     next_loss,
     refit_curve,
@@ -71,6 +72,7 @@ __all__ = [
     "Jump",
     "next_loss",
     "fit_curve",
+    "fit_efficiency",
     "fit_jump",
     "refit_curve",
     # plans

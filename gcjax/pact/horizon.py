@@ -196,7 +196,7 @@ def widest(
 
 
 def with_margin(
-    problem: Problem, margin: float, limit_s: float, shares: int = 8
+    problem: Problem, margin: float, limit_s: float, shares: int = 4
 ) -> tuple[Plan | None, float]:
     """The plan that aims below the target, by as much of a margin as there is room for.
 

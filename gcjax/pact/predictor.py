@@ -219,6 +219,47 @@ def refit_curve(
     return corrected(least_squares(residuals, np.zeros(2), bounds=bounds).x)
 
 
+def fit_efficiency(
+    curve: PowerLaw | Exponential,
+    before: np.ndarray,
+    samples: np.ndarray,
+    after: np.ndarray,
+) -> tuple[float, float]:
+    """The share of samples that must have counted, for a curve to explain some epochs.
+
+    Least squares on the logarithm of the loss, so that epochs count more where the
+    curve is steep, that is early: later ones say little beside the noise.
+
+    Args:
+      curve: Of the version that was trained.
+      before: [n] losses before each epoch.
+      samples: [n] samples of each.
+      after: [n] losses after it.
+
+    Returns:
+      The share, from 0.01, where nothing was gained, to 1, where no less was gained
+      than the curve promises; and its standard error, by the scatter of the epochs
+      around it, inf for a single one.
+
+    Raises:
+      ValueError: for losses that are not finite, or arrays of different lengths.
+    """
+    before, samples, after = (np.asarray(v, float) for v in (before, samples, after))
+    if not before.shape == samples.shape == after.shape or before.ndim != 1:
+        raise ValueError("fit_efficiency needs one loss before and after each epoch")
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise ValueError("the profile holds epochs whose loss is not finite")
+    shares = np.geomspace(0.01, 1, 1000)
+    ahead = np.log(next_loss(curve, before, shares[:, None] * samples))
+    off = ((ahead - np.log(after)) ** 2).sum(1)
+    best = int(np.argmin(off))
+    slope = np.gradient(ahead, shares, axis=0)[best]
+    if len(before) < 2 or not slope.any():
+        return float(shares[best]), math.inf
+    noise = off[best] / (len(before) - 1)
+    return float(shares[best]), float(np.sqrt(noise / np.sum(slope**2)))
+
+
 def fit_jump(before: np.ndarray, after: np.ndarray, top: float) -> Jump:
     """Fits a jump to checkpoints that were compressed at several losses.
 

@@ -20,7 +20,14 @@ import numpy as np
 from gcjax import experiment, results
 from gcjax.pact import compressors, training
 from gcjax.pact.compressors import ModelCompressor, Params
-from gcjax.pact.predictor import Exponential, PowerLaw, fit_curve, fit_jump, next_loss
+from gcjax.pact.predictor import (
+    Exponential,
+    PowerLaw,
+    fit_curve,
+    fit_efficiency,
+    fit_jump,
+    next_loss,
+)
 from gcjax.pact.problem import Problem, from_config
 from gcjax.pact.training import UNCOMPRESSED, Trainer
 from gcjax.tasks import Task
@@ -28,7 +35,6 @@ from gcjax.tasks import Task
 Curve = PowerLaw | Exponential
 # What levels have in configs and profiles, but not in problems.
 _OURS = ("method", "aggregator", "error")
-_LEAST = 0.01  # efficiency, where a cluster's epochs gained nothing
 
 
 class Pilot(NamedTuple):
@@ -113,8 +119,13 @@ def profile(
         "switches: "
         + ", ".join(f"{s['jump']['height']:.3f}" for s in record["switches"])
     )
-    exchanges = _exchanges(pilots, curves, record["versions"], tell)
-    record["clusters"], record["gradient_levels"] = exchanges
+    record["tries"] = []
+    for version in record["versions"]:
+        record["tries"] += _tries(pilots, version)
+        tell(f"{version['name']}: {len(record['tries'])} clusters and levels tried")
+    curves = {version_name(share): curve for share, curve in curves.items()}
+    efficiencies = _efficiencies(config, record["tries"], curves)
+    record["clusters"], record["gradient_levels"] = efficiencies
     seconds = time.perf_counter() - begun
     return record | {"status": "done", "wall_seconds": seconds}
 
@@ -212,31 +223,65 @@ def _fitted_jump(measured: Mapping[str, Any], top_loss: float) -> dict[str, floa
     return dataclasses.asdict(fit_jump(before, np.minimum(after, top_loss), top_loss))
 
 
-class Tried(NamedTuple):
-    """An epoch that a cluster has tried several times, at one gradient level."""
+def _tries(pilots: list[Pilot], version: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Epochs of one version, in every cluster and at every gradient level.
 
-    gains: np.ndarray  # [n], effective samples per sample, from n checkpoints
-    up_fraction: float  # bits sent to the coordinator per bit of the model
-    down_fraction: float  # the same, back
+    From `config.tried_points` checkpoints of each seed, spread over its run. Clusters
+    and levels that the version leaves no memory for are left out.
+    """
+    config, made = pilots[0].config, []
+    room = {node["name"]: node["memory_bytes"] for node in config.nodes}
+    for cluster in config.clusters:
+        several = len(cluster["members"]) > 1
+        for level in _levels(config)[: None if several else 1]:
+            coded = level.get("bytes_per_parameter", 0.0) * several
+            needed = version["training_bytes"] + coded * version["parameters"]
+            if needed <= min(room[m] for m in cluster["members"]):
+                names = {"version": version["name"], "cluster": cluster["name"]}
+                tried = _tried(pilots, version["share"], cluster, level)
+                made.append(names | {"level": level["name"]} | tried)
+    return made
 
 
-def _exchanges(pilots: list[Pilot], curves, versions, tell) -> tuple[list, list]:
+def _levels(config) -> tuple[Mapping[str, Any], ...]:
+    """The config's gradient levels, whose first one is uncompressed."""
+    return config.gradient_levels or ({"name": "none"} | UNCOMPRESSED,)
+
+
+def _tried(pilots: list[Pilot], share: float, cluster, level) -> dict[str, Any]:
+    config = pilots[0].config
+    names = [node["name"] for node in config.nodes]
+    members = tuple(names.index(m) for m in cluster["members"])
+    rounds = cluster.get("rounds_per_epoch", 1)
+    # Batches that the checkpoints have not seen.
+    seen = np.full(len(names), config.last_samples)
+    found: dict[str, Any] = {"before": [], "samples": [], "after": []}
+    for pilot in pilots:
+        points, count = pilot.checkpoints[share], config.tried_points
+        for i in range(1, count + 1):
+            loss, params = points[i * len(points) // (count + 1)]
+            done = pilot.trainer.epoch(params, members, 1.0, rounds, level, seen)
+            found["before"].append(loss)
+            found["samples"].append(sum(done.samples))
+            found["after"].append(pilot.trainer.evaluate(done.params)["loss"])
+    bits = 8 * pilot.compressor.parameter_bytes(params) * max(done.rounds, 1)
+    sent = {"up_fraction": done.up_bits[-1], "down_fraction": done.down_bits[-1]}
+    return found | {name: x / bits for name, x in sent.items()}
+
+
+def _efficiencies(config, tries, curves) -> tuple[list, list]:
     """Efficiency of clusters and gradient levels, and what levels send, by version.
 
-    Every cluster trains every version for an epoch from `config.tried_points`
-    checkpoints of each seed, spread over its run; how far that led along the curve, for
-    each sample, is its efficiency, at most 1. That of a level is relative to
-    uncompressed gradients, in all clusters of several nodes together. Where there is no
-    memory for a version, the next smaller one's value stands in its place; no plan can
-    use it.
+    Those of clusters explain how far their uncompressed epochs led along the version's
+    curve; those of levels, on top of that, the epochs of all clusters of several nodes
+    together. Where there is no memory for a version, the next smaller one's value
+    stands in its place; no plan can use it.
     """
-    config, columns = pilots[0].config, []
-    for version in reversed(versions):  # from small to large
-        smaller = columns[-1] if columns else {}
-        found = _measured(pilots, curves[version["share"]], version)
-        columns.append(smaller | found)
-        gains = ", ".join(f"{k[1]} {v['efficiency']:.3f}" for k, v in found.items())
-        tell(f"efficiencies of {version['name']}: {gains}")
+    columns: list[dict] = []
+    for version in reversed(curves):  # from small to large
+        mine = [t for t in tries if t["version"] == version]
+        found = _measured(config, mine, curves[version])
+        columns.append((columns[-1] if columns else {}) | found)
     columns.reverse()
 
     def rows(part: str) -> list[dict[str, Any]]:
@@ -254,77 +299,38 @@ def _exchanges(pilots: list[Pilot], curves, versions, tell) -> tuple[list, list]
     return rows("clusters"), rows("gradient_levels")
 
 
-def _measured(pilots: list[Pilot], curve: Curve, version: Mapping[str, Any]) -> dict:
-    """By part of the problem and name, all that can be measured of one version."""
-    config, found = pilots[0].config, {}
-    room = {node["name"]: node["memory_bytes"] for node in config.nodes}
-    pairs: dict[str, list[tuple[Tried, Tried]]] = {}
-    for cluster in config.clusters:
-        least = min(room[m] for m in cluster["members"])
-        if version["training_bytes"] > least:
+def _measured(config, tries: list[Mapping], curve: Curve) -> dict:
+    """By part of the problem and name, all that can be said of one version."""
+    found, first = {}, _levels(config)[0]["name"]
+    joined = lambda some, name: np.concatenate([t[name] for t in some])
+    for tried in tries:
+        if tried["level"] == first:
+            parts = (tried[name] for name in ("before", "samples", "after"))
+            share, error = fit_efficiency(curve, *parts)
+            at = "clusters", tried["cluster"]
+            found[at] = {"efficiency": share, "error": error}
+    several = [c["name"] for c in config.clusters if len(c["members"]) > 1]
+    for level in _levels(config):
+        some = [t for t in tries if t["level"] == level["name"]]
+        some = [t for t in some if t["cluster"] in several]
+        if not some:
             continue
-        plain = _tried(pilots, curve, version["share"], cluster, UNCOMPRESSED)
-        found["clusters", cluster["name"]] = _relative(plain.gains, 1.0)
-        for level in config.gradient_levels if len(cluster["members"]) > 1 else ():
-            more = level.get("bytes_per_parameter", 0.0) * version["parameters"]
-            if version["training_bytes"] + more > least:
-                continue
-            same = level["method"] == "dense" and "aggregator" not in level
-            args = version["share"], cluster, level
-            coded = plain if same else _tried(pilots, curve, *args)
-            pairs.setdefault(level["name"], []).append((coded, plain))
-    for name, tried in pairs.items():
-        gains = [sum(t.gains for t in side) for side in zip(*tried, strict=True)]
-        found["gradient_levels", name] = _relative(*gains) | {
-            part: float(np.mean([getattr(coded, part) for coded, _ in tried]))
-            for part in ("up_fraction", "down_fraction")
+        share, error = 1.0, 0.0
+        if level["name"] != first:
+            plain = [found["clusters", t["cluster"]]["efficiency"] for t in some]
+            useful = [
+                e * np.array(t["samples"]) for e, t in zip(plain, some, strict=True)
+            ]
+            ends = joined(some, "before"), np.concatenate(useful), joined(some, "after")
+            share, error = fit_efficiency(curve, *ends)
+        mean = lambda name, some=some: float(np.mean([t[name] for t in some]))
+        found["gradient_levels", level["name"]] = {
+            "efficiency": share,
+            "error": error,
+            "up_fraction": mean("up_fraction"),
+            "down_fraction": mean("down_fraction"),
         }
     return found
-
-
-def _tried(pilots: list[Pilot], curve: Curve, share: float, cluster, level) -> Tried:
-    config = pilots[0].config
-    names = [node["name"] for node in config.nodes]
-    members = tuple(names.index(m) for m in cluster["members"])
-    rounds = cluster.get("rounds_per_epoch", 1)
-    # Batches that the checkpoints have not seen.
-    seen = np.full(len(names), config.last_samples)
-    gains, up, down = [], 0.0, 0.0
-    for pilot in pilots:
-        points, count = pilot.checkpoints[share], config.tried_points
-        for i in range(1, count + 1):
-            loss, params = points[i * len(points) // (count + 1)]
-            done = pilot.trainer.epoch(params, members, 1.0, rounds, level, seen)
-            later = pilot.trainer.evaluate(done.params)["loss"]
-            gains.append(efficiency(curve, loss, sum(done.samples), later))
-            if len(members) > 1:
-                bits = 8 * pilot.compressor.parameter_bytes(params) * done.rounds
-                up, down = done.up_bits[1] / bits, done.down_bits[1] / bits
-    return Tried(np.array(gains), up, down)
-
-
-def _relative(gains: np.ndarray, plain: np.ndarray | float) -> dict[str, float]:
-    """Efficiency that gains [n] have over others, and its standard error."""
-    base = max(float(np.mean(plain)), _LEAST)
-    ratio = float(np.clip(np.mean(gains) / base, _LEAST, 1.0))
-    error = np.std(gains - ratio * plain) / np.sqrt(max(len(gains) - 1, 1)) / base
-    return {"efficiency": ratio, "error": float(error)}
-
-
-def efficiency(curve: Curve, loss: float, samples: int, later: float) -> float:
-    """Share of the samples that counted, if they led from a loss to a later one.
-
-    Losses are noisy, so that single shares may be below 0 or above 1; they are cut at
-    -1 and 2, which also stands where a loss is below the curve's floor.
-
-    Args:
-      curve: Of the version.
-      loss: Before, above the curve's floor.
-      samples: Trained on.
-      later: Loss after.
-    """
-    effective = curve.progress(later) - curve.progress(loss)
-    return float(np.clip(effective / samples, -1.0, 2.0))
 
 
 # --- From a profile to a problem. -----------------------------------------------------
