@@ -30,11 +30,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     config.methods, config.replan = ("joint",), False
     # For scripts/pact_joint_measured.py: factors of links' rates, target losses, and
-    # deadlines between the fastest plan's time (0) and the most frugal one's (1), in
-    # the logarithm.
+    # deadlines as multiples of a fast plan's time.
     config.link_rates = (1.0, 0.3, 0.1)
     config.losses = (0.7, 0.6, 0.5)
-    config.deadlines = (0.1, 0.4)
+    config.deadlines = (1.3, 4.0, 12.0)
     return config
 
 

@@ -33,14 +33,14 @@ def measure(config, identity: Record) -> Record:
     return {"cases": {target: tuned(problem) for target, problem in aimed}}
 
 
-def tuned(problem: pact.Problem) -> Record:
+def tuned(problem: pact.Problem, **limits: float) -> Record:
     """Plans the problem as it is, and with what each way of tuning leaves of it."""
     found, plans = {}, {}
     for way in WAYS:
         left = joint.restricted(problem, way, plans.get)
         found[way], plans[way] = {"joules": None}, None
         if left:
-            found[way], plans[way] = pact_driver.planned(left)
+            found[way], plans[way] = pact_driver.planned(left, **limits)
         if plan := plans[way]:
             found[way] |= {
                 "levels": joint.levels_used(problem, plan),
