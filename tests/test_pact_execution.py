@@ -384,6 +384,17 @@ def test_plans_with_a_margin_aim_lower(profiled, tmp_path):
 
 
 @planning
+def test_one_way_to_plan_is_carried_out(profiled, tmp_path):
+    config = alone(quick(profile=str(profiled), replan=False, max_loss=1.8))
+    run = execution.execute(config, "gradients, then model", tmp_path)
+    assert run["label"] == "gradients, then model" and run["margin"] == 0
+    assert len(run["epochs"]) == len(run["plan"]) > 0
+    assert {e["version"] for e in run["epochs"]} <= {"100 %", "25 %"}
+    config.max_loss = 0.01
+    assert execution.execute(config, "neither", tmp_path)["plan"] is None
+
+
+@planning
 def test_without_a_plan_nothing_is_trained(profiled, tmp_path):
     config = alone(quick(profile=str(profiled), max_loss=0.16, deadline_s=1e-3))
     run = execution.execute(config, "plan", tmp_path)

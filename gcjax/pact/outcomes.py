@@ -304,7 +304,7 @@ def profile_table(record: Record) -> str:
     exchanges = [["cluster or level", *curves, "up", "down"]]
     for x in (*record["clusters"], *record["gradient_levels"]):
         both = zip(x["efficiency"], x["error"], strict=True)
-        line = [x["name"], *(f"{share:.3f} ± {error:.3f}" for share, error in both)]
+        line = [x["name"], *(f"{share:.3f} ± {float(error):.3f}" for share, error in both)]
         for sent in ("up_fraction", "down_fraction"):
             line.append(", ".join(f"{v:.4f}" for v in x.get(sent, ())) or "-")
         exchanges.append(line)
