@@ -12,10 +12,10 @@ Command: python scripts/train.py --config=configs/pact_fashion.py
 All runs: python scripts/sweep.py --config=configs/pact_fashion.py
 Seconds: the same with --config=configs/pact_fashion.py:quick
 Variants: pact_fashion_trained.py, pact_fashion_skewed.py, pact_fashion_joint.py
-Expected: with re-planning all of three seeds come down to the target in time, without
-it one of three, for about a twentieth of the joules of training without compression;
-what was measured is in results/tables/pact_fashion*.md.
-Time: profile about five minutes, a run about one minute, on one CPU core.
+The deadline was set once, when the profile was there and nothing had been carried out:
+so that frugal nodes alone are too slow, and training without compression just works.
+Expected: not known; what was measured is in results/tables/pact_fashion*.md.
+Time: profile a quarter of an hour, a run about one minute, on one CPU core.
 """
 
 import itertools
@@ -99,7 +99,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.start_epochs = 0
     # Of held-out samples.
     config.max_loss = 0.5
-    config.deadline_s = 15.0
+    config.deadline_s = 25.0
     config.max_epochs = 40
 
     # The profile: runs of each version up to last_samples, measured at points of a
@@ -151,7 +151,7 @@ def sweep(
 ) -> None:
     """Calls `add` with what each run of the experiment overrides."""
     seeds = (0, 1, 2)
-    for replan, margin, seed in itertools.product((False, True), (0.0, 2.0), seeds):
+    for replan, margin, seed in itertools.product((False, True), (0.0, 1.0), seeds):
         add(replan=replan, margin=margin, seed=seed)
     for method, seed in itertools.product(methods, seeds):
         add(methods=(method,), replan=False, seed=seed)
