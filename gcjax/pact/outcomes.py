@@ -118,7 +118,7 @@ def table(experiment: str, records: list[Record]) -> str:
         + ["J", "planned", "epochs", "planned", "J when first met", "fall-backs"]
     ]
     rows += [_row(record) for record in records]
-    means = [["method", "met", "J / planned J", "s / planned s", "loss - planned"]]
+    means = [["method", "met", "J", "J / planned J", "s / planned s", "loss - planned"]]
     means[0] += ["median error of the next loss", "J when first met"]
     for _, group in itertools.groupby(records, key=lambda r: r["label"]):
         means.append(_means(list(group)))
@@ -180,7 +180,7 @@ def _means(records: list[Record]) -> list[str]:
     label, count = records[0]["label"], len(records)
     done = [r for r in records if r["final"]["planned"]]
     if not done:
-        return [label, f"0 of {count}", *["-"] * 5]
+        return [label, f"0 of {count}", *["-"] * 6]
     mean = lambda of: statistics.fmean(
         of(r["final"], r["final"]["planned"]) for r in done
     )
@@ -189,6 +189,7 @@ def _means(records: list[Record]) -> list[str]:
     return [
         label,
         f"{sum(r['final']['met_in_time'] for r in done)} of {count}",
+        f"{mean(lambda f, p: f['joules']):.0f}",
         f"{mean(lambda f, p: f['joules'] / p['joules']):.3f}",
         f"{mean(lambda f, p: f['seconds'] / p['seconds']):.3f}",
         f"{mean(lambda f, p: f['loss'] - p['loss']):+.4f}",
@@ -304,7 +305,10 @@ def profile_table(record: Record) -> str:
     exchanges = [["cluster or level", *curves, "up", "down"]]
     for x in (*record["clusters"], *record["gradient_levels"]):
         both = zip(x["efficiency"], x["error"], strict=True)
-        line = [x["name"], *(f"{share:.3f} ± {float(error):.3f}" for share, error in both)]
+        line = [
+            x["name"],
+            *(f"{share:.3f} ± {float(error):.3f}" for share, error in both),
+        ]
         for sent in ("up_fraction", "down_fraction"):
             line.append(", ".join(f"{v:.4f}" for v in x.get(sent, ())) or "-")
         exchanges.append(line)
