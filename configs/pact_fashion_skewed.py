@@ -1,7 +1,9 @@
 """Question: do plans keep their promises where nodes hold different classes?
 
 As configs/pact_fashion.py, but nodes have different mixtures of classes, other ones
-with every seed, and there is a profile for that.
+with every seed, and there is a profile for that. The target was set once, when the
+profile was there and nothing had been carried out: so that one node alone is too slow,
+which without compression it is as well.
 
 Profile: python scripts/pact_profile.py --config=configs/pact_fashion_skewed.py
 Command: python scripts/train.py --config=configs/pact_fashion_skewed.py
@@ -21,6 +23,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.experiment = "bench_pact_fashion_skewed"
     config.profile = config.profile.replace(".json", "_skewed.json")
     config.split = "skewed((0.4, 0.35, 0.25), concentration=10.0)"
+    config.max_loss = 0.46
     return config
 
 
