@@ -2,8 +2,8 @@
 
 As configs/pact_fashion.py, but nodes have different mixtures of classes, other ones
 with every seed, and there is a profile for that. The target was set once, when the
-profile was there and nothing had been carried out: so that one node alone is too slow,
-which without compression it is as well.
+profile was there and nothing had been carried out: so that the sensor alone is too
+slow, as training without compression is.
 
 Profile: python scripts/pact_profile.py --config=configs/pact_fashion_skewed.py
 Command: python scripts/train.py --config=configs/pact_fashion_skewed.py

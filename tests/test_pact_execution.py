@@ -190,7 +190,7 @@ def test_efficiency_is_the_share_of_samples_that_counted():
         noisy = pact.fit_efficiency(curve, before, samples, after * [1.0, 1.03])
         late = pact.fit_efficiency(curve, before[1:], samples[1:], after[1:] * 1.03)
         assert abs(noisy[0] - share) < abs(late[0] - share) and noisy[1] > error
-    for after, share in (([1.3, 0.8], 0.01), ([0.4, 0.35], 1.0)):
+    for after, share in (([1.3, 0.8], 0.0), ([0.4, 0.35], 1.0)):
         assert pact.fit_efficiency(curve, before, samples, after)[0] == share
     assert np.isinf(pact.fit_efficiency(curve, [1.2], [5_000], [1.0])[1])
     with pytest.raises(ValueError, match="not finite"):
@@ -446,7 +446,7 @@ def test_a_profile_is_measured_and_can_be_planned_with(tmp_path):
         assert run["losses"][-1] < run["losses"][0] < run["first_loss"]
     for part in record["clusters"] + record["gradient_levels"]:
         assert len(part["efficiency"]) == len(part["error"]) == 2
-        assert all(0.01 <= share <= 1 for share in part["efficiency"])
+        assert all(0 <= share <= 1 for share in part["efficiency"])
     for version in record["versions"]:  # fitted to both seeds, not to the third
         runs = [r for r in record["runs"] if r["version"] == version["name"]][:2]
         points = [[r[k] for r in runs] for k in ("samples", "losses")]
@@ -488,6 +488,10 @@ def test_the_report_of_runs(records, tmp_path):
     assert "| greedy | 0 | no plan |" in text
     met = "met" if records[True]["final"]["met_in_time"] else "missed"
     assert f"| plan again each epoch | 0 | {met} |" in text
+    end = records[False]["final"] | {"met_in_time": True, "loss": 1.5}
+    assert (
+        outcomes.table("x", [records[False] | {"final": end}]).count("then lost") == 1
+    )
     # The planned total is that of the first plan's last step.
     assert f"{records[False]['plan'][-1][6]:.0f}" in text
 

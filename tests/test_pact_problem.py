@@ -30,7 +30,7 @@ def changed(kind, index, **fields):
         (lambda: changed("nodes", 0, histogram=(1, 2)), "differ in their classes"),
         (lambda: changed("links", 0, bits_per_s=-1.0), "bits_per_s must be above 0"),
         (lambda: changed("clusters", 0, members=("nobody",)), "'nobody' is not among"),
-        (lambda: changed("clusters", 0, efficiency=2.0), "must be in \\(0, 1\\]"),
+        (lambda: changed("clusters", 0, efficiency=2.0), "must be in \\[0, 1\\]"),
         (
             lambda: dataclasses.replace(PROBLEM, links=()),
             "no link joins 'n1' and its coordinator 'n0'",

@@ -237,9 +237,9 @@ def fit_efficiency(
       after: [n] losses after it.
 
     Returns:
-      The share, from 0.01, where nothing was gained, to 1, where no less was gained
-      than the curve promises; and its standard error, by the scatter of the epochs
-      around it, inf for a single one.
+      The share, from 0, where nothing was gained, to 1, where no less was gained than
+      the curve promises; and its standard error, by the scatter of the epochs around
+      it, inf for a single one.
 
     Raises:
       ValueError: for losses that are not finite, or arrays of different lengths.
@@ -249,7 +249,7 @@ def fit_efficiency(
         raise ValueError("fit_efficiency needs one loss before and after each epoch")
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise ValueError("the profile holds epochs whose loss is not finite")
-    shares = np.geomspace(0.01, 1, 1000)
+    shares = np.append(0.0, np.geomspace(0.01, 1, 1000))
     ahead = np.log(next_loss(curve, before, shares[:, None] * samples))
     off = ((ahead - np.log(after)) ** 2).sum(1)
     best = int(np.argmin(off))

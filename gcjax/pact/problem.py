@@ -95,14 +95,14 @@ class Cluster:
     members: tuple[str, ...]
     rounds_per_epoch: int = 1  # exchanges up and down in an epoch over all data
     # Progress per sample, relative to samples of all nodes at one: of all versions, or
-    # a value for each.
+    # a value for each; 0 where its epochs lead nowhere, and are no choice.
     efficiency: float | tuple[float, ...] = 1.0
 
     def __post_init__(self):
         _positive(self, "rounds_per_epoch")
-        if not all(0 < v <= 1 for v in np.ravel(self.efficiency)):
+        if not all(0 <= v <= 1 for v in np.ravel(self.efficiency)):
             raise ValueError(
-                f"cluster {self.name!r}: efficiency must be in (0, 1], got "
+                f"cluster {self.name!r}: efficiency must be in [0, 1], got "
                 f"{self.efficiency}"
             )
         if not self.members or len(set(self.members)) != len(self.members):

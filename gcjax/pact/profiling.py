@@ -35,6 +35,7 @@ from gcjax.tasks import Task
 Curve = PowerLaw | Exponential
 # What levels have in configs and profiles, but not in problems.
 _OURS = ("method", "aggregator", "error")
+_LEAST = 0.01  # efficiency of a level
 
 
 class Pilot(NamedTuple):
@@ -323,6 +324,7 @@ def _measured(config, tries: list[Mapping], curve: Curve) -> dict:
             ]
             ends = joined(some, "before"), np.concatenate(useful), joined(some, "after")
             share, error = fit_efficiency(curve, *ends)
+            share = max(share, _LEAST)
         mean = lambda name, some=some: float(np.mean([t[name] for t in some]))
         found["gradient_levels", level["name"]] = {
             "efficiency": share,
