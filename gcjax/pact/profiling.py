@@ -94,32 +94,11 @@ def profile(
             record["runs"].append(run)
             tell(f"{run['version']}, seed {run['seed']}: loss {run['losses'][-1]:.4f}")
     record["top_loss"] = max(run["first_loss"] for run in record["runs"])
-    curves = {}
-    record["versions"] = []
-    for share in config.shares:
-        runs = [
-            run
-            for run in record["runs"]
-            if run["version"] == version_name(share)
-            and run["seed"] in config.profile_seeds
-        ]
-        points = ([run[name] for run in runs] for name in ("samples", "losses"))
-        curves[share], off = fit_curve(*points, config.curve)
-        record["versions"].append(_version(pilots[0], share, curves[share], off))
+    curves, record["versions"] = _fitted(pilots, record["runs"])
     tell(f"costs: {[v['flops_per_sample'] for v in record['versions']]} FLOP a sample")
-    record["switches"] = []
-    for source, target in itertools.combinations(config.shares, 2):
-        each = [_switch(pilot, source, target, curves[target]) for pilot in pilots]
-        measured = each[0] | {
-            name: sum((one[name] for one in each), [])
-            for name in ("before", "at_once", "effective")
-        }
-        jump = _fitted_jump(measured, record["top_loss"])
-        record["switches"].append(measured | {"jump": jump})
-    tell(
-        "switches: "
-        + ", ".join(f"{s['jump']['height']:.3f}" for s in record["switches"])
-    )
+    record["switches"] = _switches(pilots, curves, record["top_loss"])
+    heights = ", ".join(f"{s['jump']['height']:.3f}" for s in record["switches"])
+    tell(f"switches: {heights}")
     record["tries"] = []
     for version in record["versions"]:
         record["tries"] += _tries(pilots, version)
@@ -129,6 +108,30 @@ def profile(
     record["clusters"], record["gradient_levels"] = efficiencies
     seconds = time.perf_counter() - begun
     return record | {"status": "done", "wall_seconds": seconds}
+
+
+def _fitted(pilots: list[Pilot], runs: list[Mapping]) -> tuple[dict, list]:
+    """Curves by share, and what is recorded of each version."""
+    config, curves, versions = pilots[0].config, {}, []
+    for share in config.shares:
+        mine = [r for r in runs if r["version"] == version_name(share)]
+        mine = [r for r in mine if r["seed"] in config.profile_seeds]
+        points = ([run[name] for run in mine] for name in ("samples", "losses"))
+        curves[share], off = fit_curve(*points, config.curve)
+        versions.append(_version(pilots[0], share, curves[share], off))
+    return curves, versions
+
+
+def _switches(pilots: list[Pilot], curves, top_loss: float) -> list[dict[str, Any]]:
+    made = []
+    for source, target in itertools.combinations(pilots[0].config.shares, 2):
+        each = [_switch(pilot, source, target, curves[target]) for pilot in pilots]
+        measured = each[0] | {
+            name: sum((one[name] for one in each), [])
+            for name in ("before", "at_once", "effective")
+        }
+        made.append(measured | {"jump": _fitted_jump(measured, top_loss)})
+    return made
 
 
 def _pilot(config: ml_collections.ConfigDict, seed: int) -> Pilot:
