@@ -42,6 +42,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def sweep(add: Callable) -> None:
     """Calls `add` with what each run of the experiment overrides."""
-    ways = "joint", "model only", "gradients only", "model, then gradients"
-    for way, seed in itertools.product(ways, (0, 1, 2)):
+    ways, seeds = ("model only", "gradients only", "model, then gradients"), (0, 1, 2)
+    for way, seed in itertools.product(("joint", *ways), seeds):
         add(methods=(way,), seed=seed)
+    # The joint plan, which "plan" is too, with what there is against errors.
+    for (replan, margin), seed in itertools.product(((False, 1.0), (True, 0.0)), seeds):
+        add(methods=("plan",), replan=replan, margin=margin, seed=seed)

@@ -517,7 +517,7 @@ def test_the_config_and_its_sweep():
         assert method == "plan" or method in pact.BASELINES and not one.replan
         assert method == "plan" or not one.margin
         assert one.seed not in (*one.profile_seeds, *one.test_seeds)
-    for variant, count in (("trained", 18), ("skewed", 18), ("joint", 12)):
+    for variant, count in (("trained", 18), ("skewed", 18), ("joint", 18)):
         module = report.load_config_file(
             ROOT / "configs" / f"pact_fashion_{variant}.py"
         )

@@ -162,8 +162,8 @@ def _margins(records: list[Record]) -> str:
     """What the margins of a table's runs are."""
     found = {(r["config"]["margin"], r["margin"]) for r in records if r["margin"]}
     return "".join(
-        f" A margin is {count:g} standard deviations of the profile's losses near the "
-        f"end, {100 * share:.1f} % of the target, or what of it leaves a plan."
+        f" A margin is {count:g} x the deviation of the profile's late losses, "
+        f"{100 * share:.1f} % of the target, or what of it leaves a plan."
         for count, share in sorted(found)
     )
 
