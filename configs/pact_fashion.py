@@ -148,9 +148,9 @@ def sweep(
         "PruneFL-like",
         "HeteroFL-like",
     ),
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
 ) -> None:
     """Calls `add` with what each run of the experiment overrides."""
-    seeds = (0, 1, 2)
     for replan, margin, seed in itertools.product((False, True), (0.0, 1.0), seeds):
         add(replan=replan, margin=margin, seed=seed)
     for method, seed in itertools.product(methods, seeds):

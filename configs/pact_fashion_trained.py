@@ -24,4 +24,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def sweep(add: Callable) -> None:
     """Calls `add` with what each run of the experiment overrides."""
-    pact_fashion.sweep(add, methods=("static", "no compression"))
+    pact_fashion.sweep(add, ("static", "no compression"), seeds=(0, 1, 2))

@@ -512,7 +512,7 @@ def test_the_config_and_its_sweep():
     assert "Command: python scripts/train.py" in module.__doc__
     assert execution.trainer_for(config) is execution.execute
     runs = report.sweep_runs(config, module)
-    assert len({results.file_name(*run) for run in runs}) == len(runs) == 33
+    assert len({results.file_name(*run) for run in runs}) == len(runs) == 66
     for one, method in runs:
         assert method == "plan" or method in pact.BASELINES and not one.replan
         assert method == "plan" or not one.margin
