@@ -8,7 +8,7 @@ again.
 """
 
 import sys
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,8 @@ from pact_driver import Record
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gcjax import pact, report  # noqa: E402
-
-JOINT = "joint"
-ROWS = (
-    "neither",
-    "model only",
-    "gradients only",
-    "model, then gradients",
-    "gradients, then model",
-    JOINT,
-)
-
+from gcjax.pact import joint  # noqa: E402
+from gcjax.pact.joint import JOINT, WAYS  # noqa: E402
 
 _SINGLE = ("model only", "model, then gradients")
 
@@ -42,80 +33,23 @@ def measure(config, identity: Record) -> Record:
     return {"cases": {target: tuned(problem) for target, problem in aimed}}
 
 
-def tuned(problem: pact.Problem) -> Record:
+def tuned(problem: pact.Problem, **limits: float) -> Record:
     """Plans the problem as it is, and with what each way of tuning leaves of it."""
-    uncompressed = replace(problem, gradient_levels=problem.gradient_levels[:1])
-    one_version = replace(problem, switches=())
     found, plans = {}, {}
-
-    def plan(name: str, restricted: pact.Problem | None) -> None:
-        if restricted is None:
-            found[name], plans[name] = {"joules": None}, None
-            return
-        found[name], plans[name] = pact_driver.planned(restricted)
-        if plans[name]:
-            found[name] |= _used(problem, plans[name])
-
-    plan("neither", replace(uncompressed, switches=()))
-    plan("model only", uncompressed)
-    plan("gradients only", one_version)
-    first = plans["model only"]
-    plan("model, then gradients", first and keeping_places(problem, first))
-    first = plans["gradients only"]
-    plan("gradients, then model", first and keeping_levels(problem, first))
-    plan(JOINT, problem)
+    for way in WAYS:
+        left = joint.restricted(problem, way, plans.get)
+        found[way], plans[way] = {"joules": None}, None
+        if left:
+            found[way], plans[way] = pact_driver.planned(left, **limits)
+        if plan := plans[way]:
+            found[way] |= {
+                "levels": joint.levels_used(problem, plan),
+                "versions": len({s.version for s in plan.steps}),
+            }
     return {
         "max_loss": problem.max_loss,
         "deadline_s": problem.deadline_s,
         "plans": found,
-    }
-
-
-def keeping_places(problem: pact.Problem, plan: pact.Plan) -> pact.Problem:
-    """What is left of the problem where a plan's versions and clusters are fixed.
-
-    How many epochs each gets is free: with compressed gradients the same number would
-    miss the target.
-    """
-    used = {step.version for step in plan.steps} | {problem.start_version}
-    kept = [i for i, v in enumerate(problem.versions) if v.name in used]
-    places = {step.cluster for step in plan.steps} | {problem.start_cluster}
-    take = lambda values: tuple(values[i] for i in kept)
-    levels = tuple(
-        replace(
-            level,
-            up_fraction=take(level.up_fraction),
-            down_fraction=take(level.down_fraction),
-            efficiency=take(level.efficiency),
-        )
-        for level in problem.gradient_levels
-    )
-    return replace(
-        problem,
-        versions=take(problem.versions),
-        switches=tuple(
-            s for s in problem.switches if s.source in used and s.target in used
-        ),
-        clusters=tuple(c for c in problem.clusters if c.name in places),
-        gradient_levels=levels,
-    )
-
-
-def keeping_levels(problem: pact.Problem, plan: pact.Plan) -> pact.Problem:
-    """What is left of the problem where only a plan's gradient levels may be used."""
-    used = {step.level for step in plan.steps}
-    levels = tuple(g for g in problem.gradient_levels if g.name in used)
-    # A plan on single nodes used none.
-    return replace(problem, gradient_levels=levels or problem.gradient_levels[:1])
-
-
-def _used(problem: pact.Problem, plan: pact.Plan) -> Record:
-    """Epochs in clusters of several nodes, by gradient level; and versions used."""
-    several = {c.name for c in problem.clusters if len(c.members) > 1}
-    levels = [s.level for s in plan.steps if s.cluster in several]
-    return {
-        "levels": {name: levels.count(name) for name in dict.fromkeys(levels)},
-        "versions": len({s.version for s in plan.steps}),
     }
 
 
@@ -138,13 +72,13 @@ def text(problems: list[Record]) -> list[str]:
         "the default solver.",
     ]
     matters = [
-        c for c in found if any(r > 1.01 for name in _SINGLE for r in _over([c], name))
+        c for c in found if any(r > 1.01 for name in _SINGLE for r in ratios([c], name))
     ]
-    parts += ["## All cases", report.markdown(_table(found))]
+    parts += ["## All cases", report.markdown(compared(found))]
     parts += [
         f"## The {len(matters)} cases where compressed gradients gain anything",
         "Those where one of the plans without gradient levels is more than 1 % dearer.",
-        report.markdown(_table(matters)) if matters else "None.",
+        report.markdown(compared(matters)) if matters else "None.",
     ]
     return parts
 
@@ -157,7 +91,8 @@ def _cases(problems: list[Record]) -> list[Record]:
     ]
 
 
-def _table(found: list[Record]) -> list[list[str]]:
+def compared(found: list[Record]) -> list[list[str]]:
+    """A table of ways to plan over many cases, each as `tuned` makes it."""
     table = [
         [
             "tuned",
@@ -169,11 +104,11 @@ def _table(found: list[Record]) -> list[list[str]]:
             "epochs with compressed gradients",
         ]
     ]
-    for name in ROWS:
+    for name in WAYS:
         plans = [c["plans"][name] for c in found]
         there = [p for p in plans if p["joules"]]
         row = [name, f"{len(there)}/{len(found)}"]
-        over = _over(found, name)
+        over = ratios(found, name)
         if over:
             mean = np.exp(np.mean(np.log(over)))
             row += [f"{mean:.3f}", f"{np.median(over):.3f}", f"{max(over):.3f}"]
@@ -186,7 +121,7 @@ def _table(found: list[Record]) -> list[list[str]]:
     return table
 
 
-def _over(found: list[Record], name: str) -> list[float]:
+def ratios(found: Iterable[Record], name: str) -> list[float]:
     """Energies over the joint plan's."""
     pairs = [(c["plans"][name]["joules"], c["plans"][JOINT]["joules"]) for c in found]
     return [a / b for a, b in pairs if a and b]
@@ -195,8 +130,8 @@ def _over(found: list[Record], name: str) -> list[float]:
 def _ratios(figure: Figure, problems: list[Record]) -> None:
     """Ratios of all cases, sorted, for each way to tune."""
     ax, found = figure.subplots(), _cases(problems)
-    for name in ROWS[:-1]:
-        over = sorted(_over(found, name))
+    for name in WAYS[:-1]:
+        over = sorted(ratios(found, name))
         if over:
             share = np.arange(1, len(over) + 1) / len(found)
             ax.step(over, share, where="post", label=name)

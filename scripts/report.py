@@ -17,6 +17,7 @@ import bench_uploads  # noqa: E402
 import pact_driver  # noqa: E402
 import pact_errors  # noqa: E402
 import pact_joint  # noqa: E402
+import pact_joint_measured  # noqa: E402
 import pact_scaling  # noqa: E402
 import pact_study  # noqa: E402
 
@@ -31,7 +32,8 @@ def main() -> None:
     others = (study, bench_codecs, _network_report, bench_time_to_accuracy)
     for other in (*others, bench_uploads, outcomes):
         written += other.write_report(runs, out)
-    for script in (pact_study, pact_errors, pact_joint, pact_scaling):
+    planned = pact_study, pact_errors, pact_joint, pact_joint_measured, pact_scaling
+    for script in planned:
         written += pact_driver.write_report(script.STUDY, runs, out)
     for path in written:
         print(path)

@@ -1,5 +1,6 @@
 """Baselines keep to their rules and are never below the optimum; scripts run."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -11,7 +12,7 @@ from conftest import slow
 from pact_cases import small
 
 from gcjax import pact, report
-from gcjax.pact import exact
+from gcjax.pact import exact, joint
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -120,15 +121,42 @@ def test_what_separate_tuning_leaves_of_a_problem():
     problem = problem.with_target(max_loss=1.2)
     plan = pact.BASELINES["no compression"](problem)
     assert plan is not None and {s.version for s in plan.steps} == {"d1"}
-    kept = pact_joint.keeping_places(problem, plan)
+    kept = joint.keeping_places(problem, plan)
     assert [v.name for v in kept.versions] == ["d1"] and not kept.switches
     used = {s.cluster for s in plan.steps} | {problem.start_cluster}
     assert {c.name for c in kept.clusters} == used
     assert len(kept.gradient_levels) == 4
     assert all(len(g.efficiency) == 1 for g in kept.gradient_levels)
     levels = {s.level for s in plan.steps}
-    kept = pact_joint.keeping_levels(problem, plan)
+    kept = joint.keeping_levels(problem, plan)
     assert {g.name for g in kept.gradient_levels} == levels
+
+
+def test_every_way_to_plan_leaves_a_part_of_the_problem():
+    problem = pact.with_gradient_levels(pact.scenario("cooperative", 3, 6, 12, 0), 0)
+    efficiency = (0.9, 0.8, 0.7)
+    clusters = [dataclasses.replace(c, efficiency=efficiency) for c in problem.clusters]
+    problem = dataclasses.replace(problem, clusters=tuple(clusters), max_loss=1.2)
+    plan = pact.BASELINES["no compression"](problem)
+    for way in joint.WAYS:
+        asked = []
+        left = joint.restricted(
+            problem, way, lambda way, a=asked: a.append(way) or plan
+        )
+        assert set(asked) <= set(joint.WAYS[: joint.WAYS.index(way)])
+        # What is left can be carried out in the whole problem, at the same cost.
+        part = pact.BASELINES["no compression"](left)
+        whole = pact.tabulate(problem)
+        again = pact.replay(problem, pact.choices_of(problem, part.steps, whole), whole)
+        np.testing.assert_allclose(again.joules, part.joules)
+        np.testing.assert_allclose(again.loss, part.loss)
+        if way in ("neither", "model only"):
+            assert len(left.gradient_levels) == 1
+        if way in ("neither", "gradients only"):
+            assert not left.switches
+    assert joint.restricted(problem, "model, then gradients", lambda _: None) is None
+    with pytest.raises(ValueError, match="a way of planning is one of"):
+        joint.restricted(problem, "magic", lambda _: None)
 
 
 def test_gradient_levels_cost_more_progress_the_less_they_send():

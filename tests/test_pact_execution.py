@@ -24,6 +24,7 @@ from gcjax.pact import (
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = report.load_config_file(ROOT / "configs" / "pact_fashion.py")
 SHARES = (1.0, 0.25)
+DENSE = training.UNCOMPRESSED
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_a_cluster_averages_gradients_by_the_samples_of_its_members(logistic):
     task, _, trainer = logistic
     config, seen, rounds = quick("logistic"), np.zeros(3, int), 24
     params = task.init(jax.random.key(0))[0]
-    done = trainer.epoch(params, (0, 2), 1.0, rounds, "dense", seen)
+    done = trainer.epoch(params, (0, 2), 1.0, rounds, DENSE, seen)
     sizes = trainer.histograms.sum(1)[[0, 2]]
     own = np.round(sizes / rounds).astype(int)
     assert own[0] > own[1] > 0
@@ -96,7 +97,7 @@ def test_bits_are_those_that_the_aggregator_declares(logistic):
     size = sum(x.size for x in jax.tree.leaves(params))
     found = {}
     for method in ("dense", "uniform(0.01)"):
-        done = trainer.epoch(params, (0, 1), 0.5, 40, method, seen)
+        done = trainer.epoch(params, (0, 1), 0.5, 40, {"method": method}, seen)
         assert done.rounds == 20
         assert done.up_bits[0] == done.down_bits[0] == 0  # the coordinator's own
         found[method] = done.up_bits[1] / done.rounds
@@ -104,12 +105,16 @@ def test_bits_are_those_that_the_aggregator_declares(logistic):
         assert done.down_bits[1] == done.rounds * 32 * (size + 1)
     assert 32 * size < found["dense"] < 1.2 * 32 * size
     assert 6 * 32 < found["uniform(0.01)"] < 0.1 * found["dense"]
+    level = {"method": "dense", "aggregator": "parameter_server(download=qsgd(8))"}
+    done = trainer.epoch(params, (0, 1), 0.1, 40, level, seen)
+    # So few entries, and scales for each tensor.
+    assert 8 * size < done.down_bits[1] / done.rounds < 0.5 * 32 * size
 
 
 def test_an_epoch_alone_goes_on_where_the_last_one_stopped(logistic):
     task, _, trainer = logistic
     params, size = task.init(jax.random.key(0))[0], 25
-    first = trainer.epoch(params, (1,), 0.5, 1, "dense", np.array([0, 0, 0]))
+    first = trainer.epoch(params, (1,), 0.5, 1, DENSE, np.array([0, 0, 0]))
     steps = first.samples[0] // size
     assert steps == round(0.5 * trainer.histograms[1].sum() / size)
     seen = np.array([0, first.samples[0], 0])
@@ -127,7 +132,7 @@ def test_a_batch_must_fit_into_memory(logistic):
     task, _, trainer = logistic
     params = task.init(jax.random.key(0))[0]
     with pytest.raises(ValueError, match="raise rounds_per_epoch"):
-        trainer.epoch(params, (0, 1), 1.0, 2, "dense", np.zeros(3, int))
+        trainer.epoch(params, (0, 1), 1.0, 2, DENSE, np.zeros(3, int))
 
 
 def test_removed_entries_stay_removed():
@@ -137,7 +142,7 @@ def test_removed_entries_stay_removed():
     params = compressor.compress(params, params, 0.25)
     before = np.asarray(params["dense1"]["kernel"]) != 0
     for members in ((1,), (0, 1)):
-        done = trainer.epoch(params, members, 0.5, 40, "dense", np.zeros(3, int))
+        done = trainer.epoch(params, members, 0.5, 40, DENSE, np.zeros(3, int))
         after = np.asarray(done.params["dense1"]["kernel"]) != 0
         assert not (after & ~before).any() and after.sum() > 0.9 * before.sum()
 
@@ -175,14 +180,21 @@ def test_a_refit_finds_how_much_faster_a_run_is(curve):
 
 
 def test_efficiency_is_the_share_of_samples_that_counted():
-    curve = pact.PowerLaw(0.3, 40.0, 0.5)
+    curve, before = pact.PowerLaw(0.3, 40.0, 0.5), np.array([1.2, 0.7])
+    samples = np.array([5_000, 9_000])
     for share in (0.02, 0.4, 0.9):
-        later = float(pact.next_loss(curve, 1.2, share * 5_000))
-        np.testing.assert_allclose(
-            profiling.efficiency(curve, 1.2, 5_000, later), share, rtol=1e-6
-        )
-    assert profiling.efficiency(curve, 1.2, 5_000, 1.3) == 0.01
-    assert profiling.efficiency(curve, 1.2, 5_000, 0.2) == 1.0  # below the floor
+        after = pact.next_loss(curve, before, share * samples)
+        found, error = pact.fit_efficiency(curve, before, samples, after)
+        assert found == pytest.approx(share, rel=5e-3) and error < 0.01
+        # The early epoch decides, where the curve is steep.
+        noisy = pact.fit_efficiency(curve, before, samples, after * [1.0, 1.03])
+        late = pact.fit_efficiency(curve, before[1:], samples[1:], after[1:] * 1.03)
+        assert abs(noisy[0] - share) < abs(late[0] - share) and noisy[1] > error
+    for after, share in (([1.3, 0.8], 0.0), ([0.4, 0.35], 1.0)):
+        assert pact.fit_efficiency(curve, before, samples, after)[0] == share
+    assert np.isinf(pact.fit_efficiency(curve, [1.2], [5_000], [1.0])[1])
+    with pytest.raises(ValueError, match="not finite"):
+        pact.fit_efficiency(curve, before, samples, [np.nan, 1.0])
 
 
 def test_prediction_errors_look_so_many_points_ahead():
@@ -213,6 +225,7 @@ def profiled(tmp_path_factory):
         curve = dict(kind="power", floor=floor, scale=scale, exponent=0.5)
         name = profiling.version_name(share)
         versions.append(dict(name=name, share=share, curve=curve, residual=0.05))
+        versions[-1]["late_residual"] = 0.04 if share == 1.0 else 0.05
         versions[-1] |= counted._asdict()
     jump = {"height": 0.4, "rate": 1.0, "top": 2.6}
     ends = {"source": versions[0]["name"], "target": versions[1]["name"]}
@@ -258,6 +271,7 @@ def test_a_plan_costs_what_it_promised(records):
     run = records[False]
     steps = [pact.Step(*step) for step in run["plan"]]
     assert len(run["epochs"]) == len(steps) > 1
+    assert run["margin"] == 0 and run["aimed_loss"] == run["final"]["max_loss"]
     before, loss = 0.0, run["start_loss"]
     for step, epoch in zip(steps, run["epochs"], strict=True):
         assert (step.version, step.cluster) == (epoch["version"], epoch["cluster"])
@@ -338,6 +352,49 @@ def test_a_missed_target_is_told(profiled, tmp_path, monkeypatch):
 
 
 @planning
+def test_plans_with_a_margin_aim_lower(profiled, tmp_path):
+    """By what the profile says; or less, where nothing reaches so low."""
+    config = alone(quick(profile=str(profiled), max_loss=1.4, replan=False))
+    config.max_epochs = 3
+    made = {}
+    for margin in (2.0, 15.0):
+        config.margin = margin
+        made[margin] = execution.execute(config, "plan", tmp_path)
+    below, far = made.values()
+    assert below["margin"] == pytest.approx(2 * 0.05)
+    assert below["aimed_loss"] == pytest.approx(1.4 * 0.9)
+    for run in made.values():
+        assert (
+            run["plan"][-1][4] <= run["aimed_loss"] <= run["final"]["max_loss"] == 1.4
+        )
+        assert {e["aimed_loss"] for e in run["epochs"]} == {run["aimed_loss"]}
+        assert run["label"] == "plan with margin"
+    assert far["margin"] == 0.75 and 1.4 * 0.25 < far["aimed_loss"] < 1.4 * 0.9
+    # Training stops at the target itself.
+    config.replan = True
+    run = execution.execute(config, "plan", tmp_path)
+    assert run["label"] == "plan again each epoch with margin"
+    assert all(e["loss"] > 1.4 for e in run["epochs"][:-1])
+    assert all(1.4 * 0.25 < e["aimed_loss"] <= 1.4 for e in run["epochs"])
+    with pytest.raises(ValueError, match="margin goes with the method 'plan'"):
+        execution.execute(quick(replan=False, margin=1.0), "static", tmp_path)
+    config.margin = 20.0
+    with pytest.raises(ValueError, match="config.margin = 20.0 aims 100 % below"):
+        execution.execute(config, "plan", tmp_path)
+
+
+@planning
+def test_one_way_to_plan_is_carried_out(profiled, tmp_path):
+    config = alone(quick(profile=str(profiled), replan=False, max_loss=1.8))
+    run = execution.execute(config, "gradients, then model", tmp_path)
+    assert run["label"] == "gradients, then model" and run["margin"] == 0
+    assert len(run["epochs"]) == len(run["plan"]) > 0
+    assert {e["version"] for e in run["epochs"]} <= {"100 %", "25 %"}
+    config.max_loss = 0.01
+    assert execution.execute(config, "neither", tmp_path)["plan"] is None
+
+
+@planning
 def test_without_a_plan_nothing_is_trained(profiled, tmp_path):
     config = alone(quick(profile=str(profiled), max_loss=0.16, deadline_s=1e-3))
     run = execution.execute(config, "plan", tmp_path)
@@ -377,17 +434,28 @@ def test_least_loss_is_the_best_epoch_in_time(profiled):
 
 def test_a_profile_is_measured_and_can_be_planned_with(tmp_path):
     """A model of one layer, whose versions are all alike: the path, in seconds."""
-    config = quick("logistic", profile_seeds=(0, 1), last_samples=1_500)
+    config = quick("logistic", last_samples=1_500)
     config.clusters = config.clusters[::3]
     record = profiling.profile(config, tell=lambda line: None)
     results.write(record, tmp_path / "bench_pact_profile" / "toy.json")
     record = results.read(tmp_path / "bench_pact_profile" / "toy.json")
     assert [(r["version"], r["seed"]) for r in record["runs"]] == [
-        (v, s) for s in (0, 1) for v in ("100 %", "25 %")
+        (v, s) for s in (1, 2, 3) for v in ("100 %", "25 %")
     ]
     for run in record["runs"]:
         assert run["losses"][-1] < run["losses"][0] < run["first_loss"]
-    assert all(0.01 <= c["efficiency"] <= 1 for c in record["clusters"])
+    for part in record["clusters"] + record["gradient_levels"]:
+        assert len(part["efficiency"]) == len(part["error"]) == 2
+        assert all(0 <= share <= 1 for share in part["efficiency"])
+    for version in record["versions"]:  # fitted to both seeds, not to the third
+        runs = [r for r in record["runs"] if r["version"] == version["name"]][:2]
+        points = [[r[k] for r in runs] for k in ("samples", "losses")]
+        curve, off = pact.fit_curve(*points, config.curve)
+        assert version["curve"]["floor"] == pytest.approx(curve.floor, rel=1e-5)
+        late = np.sqrt(np.mean(off[:, off.shape[1] // 2 :] ** 2))
+        assert version["late_residual"] == pytest.approx(late, rel=1e-5)
+    switch = record["switches"][0]
+    assert len(switch["before"]) == len(switch["effective"]) == 2 * config.jump_points
     levels = {g["name"]: g for g in record["gradient_levels"]}
     assert levels["top-k 10 %"]["up_fraction"][0] < 0.2
     assert levels["none"]["efficiency"] == [1.0, 1.0]
@@ -397,7 +465,8 @@ def test_a_profile_is_measured_and_can_be_planned_with(tmp_path):
     written = outcomes.write_report(tmp_path, tmp_path / "out")
     names = [p.name for p in written]
     assert names == ["toy_profile.md", "toy_profile.png"]
-    assert "1 (fitted)" not in written[0].read_text()
+    text = written[0].read_text()
+    assert "| 100 % | 1, 2 (fitted) |" in text and "| 25 % | 3 (unseen) |" in text
     assert written[1].read_bytes()[:4] == b"\x89PNG"
 
 
@@ -419,6 +488,10 @@ def test_the_report_of_runs(records, tmp_path):
     assert "| greedy | 0 | no plan |" in text
     met = "met" if records[True]["final"]["met_in_time"] else "missed"
     assert f"| plan again each epoch | 0 | {met} |" in text
+    end = records[False]["final"] | {"met_in_time": True, "loss": 1.5}
+    assert (
+        outcomes.table("x", [records[False] | {"final": end}]).count("then lost") == 1
+    )
     # The planned total is that of the first plan's last step.
     assert f"{records[False]['plan'][-1][6]:.0f}" in text
 
@@ -439,9 +512,20 @@ def test_the_config_and_its_sweep():
     assert "Command: python scripts/train.py" in module.__doc__
     assert execution.trainer_for(config) is execution.execute
     runs = report.sweep_runs(config, module)
-    assert len({results.file_name(*run) for run in runs}) == len(runs) == 15
+    assert len({results.file_name(*run) for run in runs}) == len(runs) == 66
     for one, method in runs:
-        assert method == "plan" or (method in pact.BASELINES and not one.replan)
+        assert method == "plan" or method in pact.BASELINES and not one.replan
+        assert method == "plan" or not one.margin
+        assert one.seed not in (*one.profile_seeds, *one.test_seeds)
+    for variant, count in (("trained", 18), ("skewed", 18), ("joint", 18)):
+        module = report.load_config_file(
+            ROOT / "configs" / f"pact_fashion_{variant}.py"
+        )
+        config = module.get_config()
+        assert config.experiment == f"bench_pact_fashion_{variant}"
+        runs = report.sweep_runs(config, module)
+        assert len({results.file_name(*run) for run in runs}) == len(runs) == count
+        assert module.get_config("quick").last_samples == 2_500
     base = report.load_config_file(ROOT / "configs" / "quickstart.py").get_config()
     assert execution.trainer_for(base) is train.train
     assert json.loads(config.to_json())["nodes"][0]["name"] == "server"

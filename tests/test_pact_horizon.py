@@ -102,6 +102,26 @@ def test_caution_is_lowered_to_what_the_target_has_room_for():
     assert pact.widest(never, 0.2, 0.0) == (None, 0.0)
 
 
+def test_a_margin_is_lowered_to_what_the_deadline_has_room_for():
+    kept = []
+    for _, guess, _ in wrong():
+        plan, margin = pact.with_margin(guess, 0.2, 0.0)
+        aimed = guess.with_target(max_loss=guess.max_loss * (1 - margin))
+        assert pact.feasible(aimed, plan)
+        kept.append(round(4 * margin / 0.2))
+        assert margin == pytest.approx(0.2 * kept[-1] / 4)
+        if kept[-1] < 4:
+            more = guess.max_loss * (1 - 0.2 * (kept[-1] + 1) / 4)
+            assert exact.brute_force(guess.with_target(max_loss=more)) is None
+        same, none = pact.with_margin(guess, 0.0, 0.0)
+        assert same == exact.brute_force(guess) and none == 0
+    assert min(kept) < max(kept)
+    never = small(3000, 2, 2, 4).with_target(deadline_s=1e-9)
+    assert pact.with_margin(never, 0.2, 0.0) == (None, 0.0)
+    with pytest.raises(ValueError, match="margin must be a share"):
+        pact.with_margin(never, 1.0, 0.0)
+
+
 def test_planning_again_with_the_right_predictor_keeps_the_optimum():
     for real, _, _ in wrong():
         done, lost = pact.follow(real, lambda _, real=real: [real], 0.0)

@@ -30,7 +30,7 @@ def changed(kind, index, **fields):
         (lambda: changed("nodes", 0, histogram=(1, 2)), "differ in their classes"),
         (lambda: changed("links", 0, bits_per_s=-1.0), "bits_per_s must be above 0"),
         (lambda: changed("clusters", 0, members=("nobody",)), "'nobody' is not among"),
-        (lambda: changed("clusters", 0, efficiency=2.0), "must be in \\(0, 1\\]"),
+        (lambda: changed("clusters", 0, efficiency=2.0), "must be in \\[0, 1\\]"),
         (
             lambda: dataclasses.replace(PROBLEM, links=()),
             "no link joins 'n1' and its coordinator 'n0'",
@@ -155,11 +155,30 @@ def test_a_fit_finds_the_curve_that_made_the_data(kind):
     else:
         truth = pact.Exponential(0.3, 2.0, 1e-3)
     noise = np.exp(0.005 * np.random.default_rng(0).normal(size=30))
-    found, residual = pact.fit_curve(x, truth.loss(x) * noise, kind)
-    assert residual < 0.01
+    found, off = pact.fit_curve(x, truth.loss(x) * noise, kind)
+    assert off.shape == x.shape and np.sqrt(np.mean(off**2)) < 0.01
     # What matters is where it leads: from a loss, 2000 samples on.
     ahead = pact.next_loss(found, 1.0, 2000.0), pact.next_loss(truth, 1.0, 2000.0)
     np.testing.assert_allclose(*ahead, rtol=0.03)
+
+
+def test_a_fit_to_several_runs_lies_between_them():
+    x, truth = np.geomspace(50, 5000, 10), pact.PowerLaw(0.3, 8.0, 0.4)
+    factors = np.array([0.97, 1.0, 1.02])[:, None]
+    runs = factors * truth.loss(x)
+    _, off = pact.fit_curve(np.tile(x, (3, 1)), runs)
+    # The middle one in the logarithm; what is left is how far each is from it.
+    middle = -np.log(factors) + np.log(factors).mean()
+    np.testing.assert_allclose(off, np.broadcast_to(middle, off.shape), atol=0.002)
+    alone, _ = pact.fit_curve(x, runs[1])
+    together, _ = pact.fit_curve(np.tile(x, (3, 1)), np.tile(runs[1], (3, 1)))
+    for part in ("floor", "scale", "exponent"):
+        same = getattr(alone, part), getattr(together, part)
+        np.testing.assert_allclose(*same, rtol=1e-3)
+    with pytest.raises(ValueError, match="strictly increasing"):
+        pact.fit_curve([x, x[::-1]], runs[:2])
+    with pytest.raises(ValueError, match="as many losses"):
+        pact.fit_curve(x, runs)
 
 
 def test_a_fitted_jump_is_within_the_rules_and_close():

@@ -13,7 +13,7 @@ versions that `compressors.py` makes; these train, and so are imported by themse
 """
 
 from gcjax.pact.baselines import BASELINES
-from gcjax.pact.horizon import cautious, follow, until_met, widest
+from gcjax.pact.horizon import cautious, follow, until_met, widest, with_margin
 from gcjax.pact.planning import (
     SOLVERS,
     attempt,
@@ -27,6 +27,7 @@ from gcjax.pact.predictor import (
     Jump,
     PowerLaw,
     fit_curve,
+    fit_efficiency,
     fit_jump,
     next_loss,
     refit_curve,
@@ -71,6 +72,7 @@ __all__ = [
     "Jump",
     "next_loss",
     "fit_curve",
+    "fit_efficiency",
     "fit_jump",
     "refit_curve",
     # plans
@@ -91,6 +93,7 @@ __all__ = [
     # predictors that may be wrong
     "cautious",
     "widest",
+    "with_margin",
     "follow",
     "until_met",
     # synthetic problems

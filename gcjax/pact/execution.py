@@ -18,6 +18,12 @@ next one is planned again. Where no epoch fits into the time left, the run ends 
 record says that the target was missed. Without re-planning the whole plan is carried
 out, whatever the losses are.
 
+**A margin** (`config.margin`, in standard deviations). Losses scatter around the curves
+by the profile's `late_residual`; the largest of all versions is counted with, as the
+plan decides which one is trained last. Every plan aims so much below the target, or by
+as much of it as leaves a plan (`gcjax.pact.with_margin`); whether the target was met is
+judged by the target itself.
+
 References:
   Malandrino et al., "Matching DNN Compression and Cooperative Training with Resources
   and Data Availability", INFOCOM 2023, arXiv:2212.02304, plan once, as far as their
@@ -26,7 +32,7 @@ References:
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,10 +42,10 @@ import numpy as np
 from tqdm import tqdm
 
 from gcjax import experiment, results, train
-from gcjax.pact import compressors, profiling, training
+from gcjax.pact import compressors, joint, profiling, training
 from gcjax.pact.baselines import BASELINES
 from gcjax.pact.compressors import Costs, ModelCompressor, Params
-from gcjax.pact.horizon import History, Standing, next_step, refitted
+from gcjax.pact.horizon import History, Standing, next_step, refitted, with_margin
 from gcjax.pact.planning import attempt
 from gcjax.pact.problem import Cluster, Problem
 from gcjax.pact.schedule import Plan, Step, action_of
@@ -68,6 +74,7 @@ class Site(NamedTuple):
     whole: Params  # shapes of the whole network
     problem: Problem  # as it is at the start
     noise: dict[str, float]  # of each version's losses, relative
+    margin: float  # how far below the target plans aim, relative
     costs: Callable[[str, Params], Costs]  # of a version, counted once
 
 
@@ -96,7 +103,8 @@ def execute(
 
     Args:
       config: As configs/pact_fashion.py has it.
-      method: "plan", or a name in `gcjax.pact.BASELINES`.
+      method: "plan"; a name in `gcjax.pact.BASELINES`; or a way to plan versions and
+        gradient levels, in `gcjax.pact.joint.WAYS`.
       workdir: Folder for what is written.
 
     Returns:
@@ -107,11 +115,14 @@ def execute(
       ValueError: for a config or a profile that makes no sense.
       OSError: without the profile.
     """
-    if method != PLAN and method not in BASELINES:
-        names = ", ".join((PLAN, *BASELINES))
-        raise ValueError(f"config.methods may be {names}, got {method!r}")
-    if config.replan and method != PLAN:
-        raise ValueError(f"config.replan goes with the method 'plan', not {method!r}")
+    names = (PLAN, *BASELINES, *joint.WAYS)
+    if method not in names:
+        raise ValueError(f"config.methods may be {', '.join(names)}, got {method!r}")
+    for name in ("replan", "margin"):
+        if config[name] and method != PLAN:
+            raise ValueError(
+                f"config.{name} goes with the method 'plan', not {method!r}"
+            )
     return train.train(config, method, workdir, _execute)
 
 
@@ -119,20 +130,24 @@ def _execute(config, method: str, workdir: Path, record: dict[str, Any]) -> None
     site, state = _begin(config)
     record |= {"epochs": [], "replan": config.replan, "start_loss": state.loss}
     record["histograms"] = site.trainer.histograms.tolist()
-    record["label"] = method + " again each epoch" * config.replan
-    planned = _first_plan(site.problem, method)
+    again, below = " again each epoch" * config.replan, " with margin"
+    record["label"] = method + again + below * bool(config.margin)
+    planned, margin = _first_plan(site, method)
+    record |= {"margin": site.margin, "aimed_loss": _aimed(site, margin)}
     record["plan"] = [list(step) for step in planned.steps] if planned else None
     total = len(planned.steps) if planned else 0
     bar = tqdm(total=total, desc=record["label"], unit="epoch")
     with open(workdir / "metrics.jsonl", "w") as lines, bar:
         while planned:
             begun = time.process_time()
-            step, how = _next(site, state, planned, len(record["epochs"]))
+            done = len(record["epochs"])
+            step, how, margin = _next(site, state, planned, margin, done)
             if step is None:
                 break
             planning_s = time.process_time() - begun
             state, line = carry_out(site, state, step)
             line |= {"how": how, "planning_cpu_s": planning_s}
+            line["aimed_loss"] = _aimed(site, margin)
             record["epochs"].append(line)
             lines.write(json.dumps(line) + "\n")
             lines.flush()
@@ -166,7 +181,14 @@ def _begin(config) -> tuple[Site, State]:
         return counted[version]
 
     noise = {v["name"]: max(v["residual"], _NOISE) for v in profile["versions"]}
-    site = Site(config, task, compressor, trainer, whole, problem, noise, costs)
+    margin = config.margin * max(v["late_residual"] for v in profile["versions"])
+    if not 0 <= margin < 1:
+        raise ValueError(
+            f"config.margin = {config.margin} aims {100 * margin:.0f} % below the "
+            "target: it must be at least 0, and leave a loss to aim at"
+        )
+    parts = config, task, compressor, trainer, whole
+    site = Site(*parts, problem, noise, margin, costs)
     start = problem.start_version, problem.start_cluster, loss, 0.0, 0.0
     return site, State(params, *start, seen, {})
 
@@ -179,34 +201,48 @@ def _given(config, trainer: Trainer, params: Params) -> tuple[Params, np.ndarray
     seen = np.zeros(len(names), np.int64)
     for _ in range(config.start_epochs):
         rounds = cluster.get("rounds_per_epoch", 1)
-        done = trainer.epoch(params, members, 1.0, rounds, "dense", seen)
+        level = training.UNCOMPRESSED
+        done = trainer.epoch(params, members, 1.0, rounds, level, seen)
         params = done.params
         seen[list(members)] += done.samples
     return params, seen
 
 
-def _first_plan(problem: Problem, method: str) -> Plan | None:
-    if method != PLAN:
-        return BASELINES[method](problem)
-    return attempt(problem, _PROOF_S)
+def _first_plan(site: Site, method: str) -> tuple[Plan | None, float]:
+    """The plan, and its margin below the target."""
+    if method == PLAN:
+        return with_margin(site.problem, site.margin, _PROOF_S)
+    if method in BASELINES:
+        return BASELINES[method](site.problem), 0.0
+    return _one_way(site.problem, method), 0.0
+
+
+def _one_way(problem: Problem, way: str) -> Plan | None:
+    left = joint.restricted(problem, way, lambda first: _one_way(problem, first))
+    return left and attempt(left, _PROOF_S)
+
+
+def _aimed(site: Site, margin: float) -> float:
+    return site.problem.max_loss * (1 - margin)
 
 
 def _next(
-    site: Site, state: State, planned: Plan, done: int
-) -> tuple[Step | None, str]:
-    """The next epoch, and how it came about.
+    site: Site, state: State, planned: Plan, margin: float, done: int
+) -> tuple[Step | None, str, float]:
+    """The next epoch, how it came about, and the margin of the plan that it is from.
 
-    That is "planned", "re-planned", "from the profile" or "fall-back".
+    It is "planned", "re-planned", "from the profile" or "fall-back".
     """
     if not site.config.replan:
         left = planned.steps[done:]
-        return (left[0] if left else None), "planned"
+        return (left[0] if left else None), "planned", margin
     if not done and planned.steps:
-        return planned.steps[0], "planned"
+        return planned.steps[0], "planned", margin
     now = Standing(state.version, state.cluster, state.loss, state.seconds, done)
     again = refitted(site.problem, state.history, site.noise)
-    step, found = next_step((again, site.problem), now, _PROOF_S)
-    return step, ("re-planned", "from the profile", "fall-back")[found]
+    chosen = next_step((again, site.problem), now, _PROOF_S, site.margin)
+    how = ("re-planned", "from the profile", "fall-back")[chosen.candidate]
+    return chosen.step, how, chosen.margin
 
 
 def carry_out(site: Site, state: State, step: Step) -> tuple[State, dict[str, Any]]:
@@ -220,11 +256,10 @@ def carry_out(site: Site, state: State, step: Step) -> tuple[State, dict[str, An
     params, before, moved, joules, seconds = _brought(site, state, step, cluster)
     names = [node.name for node in problem.nodes]
     members = tuple(names.index(m) for m in cluster.members)
-    method, coding = _level(site.config, step.level)
+    level = _level(site.config, step.level)
+    coding = level.get("flops_per_parameter", 0.0)
     rounds = cluster.rounds_per_epoch
-    done = site.trainer.epoch(
-        params, members, step.fraction, rounds, method, state.seen
-    )
+    done = site.trainer.epoch(params, members, step.fraction, rounds, level, state.seen)
     costs = site.costs(step.version, params)
     flops = [
         costs.flops_per_sample * n + done.rounds * coding * costs.parameters
@@ -296,12 +331,10 @@ def _brought(
     return params, loss, moved, joules, seconds
 
 
-def _level(config, name: str) -> tuple[str, float]:
-    """How gradients travel at a level, and FLOPs per parameter and round for it."""
-    for level in config.gradient_levels:
-        if level["name"] == name:
-            return level["method"], level.get("flops_per_parameter", 0.0)
-    return "dense", 0.0  # a node alone
+def _level(config, name: str) -> Mapping[str, Any]:
+    """The config's gradient level of that name; a node alone has none."""
+    named = {level["name"]: level for level in config.gradient_levels}
+    return named.get(name, training.UNCOMPRESSED)
 
 
 def _effective_samples(problem: Problem, step: Step, holder: str) -> float:
@@ -324,6 +357,7 @@ def _final(site: Site, state: State, record: dict[str, Any]) -> dict[str, Any]:
         "seconds": state.seconds,
         "joules": state.joules,
         "max_loss": problem.max_loss,
+        "aimed_loss": record["aimed_loss"],
         "deadline_s": problem.deadline_s,
         "planned": last and {"epochs": len(plan), **_totals(last)},
         "first_met": first,  # the first epoch's end at which the target was met

@@ -1,7 +1,7 @@
 """Plans whose predictor may be wrong: margins, and planning again after every epoch.
 
 A plan rests on curves and jumps that were fitted, and its loss may turn out higher than
-promised. Two remedies, alone or together:
+promised. Three remedies, alone or together:
 
 *A margin from the error.* If heights above the floor, floors and jumps are known up to
 a factor in 1 +- error, `cautious` gives the curves at the unfavourable end. The next
@@ -9,6 +9,10 @@ loss of a curve never falls when its floor, its scale or the loss before rises, 
 neither does the loss after a jump: so what a plan reaches with cautious curves, it
 reaches with all that the error allows. Where caution leaves no plan, `widest` lowers it
 to what the deadline has room for, and the promise becomes a hope.
+
+*A margin on the loss.* If what is known is how far measured losses scatter around the
+curves, a plan can aim at so much less than the target. Where that leaves no plan,
+`with_margin` aims as low as the deadline has room for.
 
 *Receding horizon.* After every epoch the loss is measured, and the rest is planned anew
 from there, with the time that is left; training stops as soon as the target is met.
@@ -18,7 +22,7 @@ measured within the error, so that some plan is left at every epoch.
 References:
   Malandrino et al., "Matching DNN Compression and Cooperative Training with Resources
   and Data Availability", INFOCOM 2023, arXiv:2212.02304, plan once, as far as their
-  abstract tells, which is all that was at hand; both remedies are our additions.
+  abstract tells, which is all that was at hand; the remedies are our additions.
 """
 
 import dataclasses
@@ -78,9 +82,17 @@ def refitted(problem: Problem, history: History, noise: dict[str, float]) -> Pro
     return dataclasses.replace(problem, versions=tuple(versions))
 
 
+class Chosen(NamedTuple):
+    """The next epoch, and how it was found."""
+
+    step: Step | None  # None where the target is met or nothing fits into the time left
+    candidate: int  # that had the plan; how many there are where none had one
+    margin: float  # of the plan below the target
+
+
 def next_step(
-    candidates: Sequence[Problem], now: Standing, limit_s: float
-) -> tuple[Step | None, int]:
+    candidates: Sequence[Problem], now: Standing, limit_s: float, margin: float = 0.0
+) -> Chosen:
     """The next epoch, by the first candidate for the problem that has a plan.
 
     Where none has one, the epoch after which the first predicts the least loss is
@@ -90,10 +102,8 @@ def next_step(
       candidates: The whole problem, with the curves to try one after the other.
       now: Where the run stands.
       limit_s: Processor time that a search beyond the default solver may take.
-
-    Returns:
-      The epoch, None where the target is met or nothing fits into the time left; and
-      the number of the candidate, or that of candidates where none had a plan.
+      margin: How far below the target to aim, where a plan leads there; see
+        `with_margin`.
     """
     problem = candidates[0]
     if (
@@ -101,11 +111,12 @@ def next_step(
         or now.seconds >= problem.deadline_s
         or now.epochs >= problem.max_epochs
     ):
-        return None, 0
+        return Chosen(None, 0, 0.0)
     for i, candidate in enumerate(candidates):
-        if plan := attempt(rest(candidate, now), limit_s):
-            return plan.steps[0], i
-    return least_loss(rest(problem, now)), len(candidates)
+        plan, kept = with_margin(rest(candidate, now), margin, limit_s)
+        if plan:
+            return Chosen(plan.steps[0], i, kept)
+    return Chosen(least_loss(rest(problem, now)), len(candidates), 0.0)
 
 
 def least_loss(problem: Problem) -> Step | None:
@@ -174,26 +185,58 @@ def widest(
       The plan, None where there is none without caution either; and the error that it
       withstands.
     """
-    low, best = 0, None
-    high = shares + 1  # the least number of steps known to leave no plan
-    step = shares
-    while low < high - 1 or best is None:
-        plan = _attempt(problem, error * step / shares, limit_s)
-        if plan:
+
+    def plan_at(error: float) -> Plan | None:
+        try:
+            return attempt(cautious(problem, error), limit_s)
+        except ValueError:  # floors above the loss of an untrained model
+            return None
+
+    return _most(plan_at, error, shares)
+
+
+def with_margin(
+    problem: Problem, margin: float, limit_s: float, shares: int = 4
+) -> tuple[Plan | None, float]:
+    """The plan that aims below the target, by as much of a margin as there is room for.
+
+    Args:
+      problem: As the predictor has it.
+      margin: By which share of the target the plan's loss is to be lower, in [0, 1).
+      limit_s: Processor time that a search beyond the default solver may take.
+      shares: Steps in which the margin is lowered, down to 0.
+
+    Returns:
+      The plan, None where there is none without a margin either; and its margin.
+
+    Raises:
+      ValueError: for a margin out of range.
+    """
+    if not 0 <= margin < 1:
+        raise ValueError(f"the margin must be a share in [0, 1), got {margin}")
+
+    def plan_at(margin: float) -> Plan | None:
+        aimed = problem.with_target(max_loss=problem.max_loss * (1 - margin))
+        return attempt(aimed, limit_s)
+
+    return _most(plan_at, margin, shares)
+
+
+def _most(
+    plan_at: Callable[[float], Plan | None], most: float, shares: int
+) -> tuple[Plan | None, float]:
+    """The plan for the largest share of `most` that has one, by bisection."""
+    values = [most * i / shares for i in range(shares + 1)] if most else [0.0]
+    # The largest known to have a plan, the smallest known to have none.
+    low, high, best = -1, len(values), None
+    step = high - 1
+    while high - low > 1:
+        if plan := plan_at(values[step]):
             low, best = step, plan
         else:
             high = step
-        if high == 0:
-            return None, 0.0
         step = (low + high) // 2
-    return best, error * low / shares
-
-
-def _attempt(problem: Problem, error: float, limit_s: float) -> Plan | None:
-    try:
-        return attempt(cautious(problem, error), limit_s)
-    except ValueError:  # floors above the loss of an untrained model
-        return None
+    return best, values[max(low, 0)]
 
 
 def follow(
@@ -225,7 +268,7 @@ def follow(
             len(choices),
         )
         tried = candidates(history)
-        step, found = next_step(tried, now, limit_s)
+        step, found, _ = next_step(tried, now, limit_s)
         if step is None:
             return done, lost
         lost += found == len(tried)

@@ -59,8 +59,9 @@ def write_report(runs: Path, out: Path) -> list[Path]:
     return written
 
 
-def _order(record: Record) -> tuple[bool, bool, str]:
-    return record["method"] != "plan", record["replan"], record["label"]
+def _order(record: Record) -> tuple:
+    kind = record["method"] != "plan", record["replan"], record["margin"] > 0
+    return *kind, record["label"]
 
 
 def _write(path: Path, text: str) -> Path:
@@ -113,11 +114,21 @@ def table(experiment: str, records: list[Record]) -> str:
     devices = ", ".join(sorted({r["device"] for r in records}))
     commits = ", ".join(sorted({str(r["git"]["commit"]) for r in records}))
     rows = [
-        ["method", "seed", "target", "loss", "planned", "s", "planned", "J", "planned"]
-        + ["epochs", "planned", "J when first met", "fall-backs"]
+        ["method", "seed", "target", "loss", "planned", "aimed at", "s", "planned"]
+        + ["J", "planned", "epochs", "planned", "J when first met", "fall-backs"]
     ]
     rows += [_row(record) for record in records]
-    means = [["method", "met", "J / planned J", "s / planned s", "loss - planned"]]
+    means = [
+        [
+            "method",
+            "met",
+            "at the end",
+            "J",
+            "J / planned J",
+            "s / planned s",
+            "loss - planned",
+        ]
+    ]
     means[0] += ["median error of the next loss", "J when first met"]
     for _, group in itertools.groupby(records, key=lambda r: r["label"]):
         means.append(_means(list(group)))
@@ -132,11 +143,13 @@ def table(experiment: str, records: list[Record]) -> str:
         f"nodes' rates and energies are made up. Made on {devices}; commits {commits}.",
         "## Every run",
         report.markdown(rows),
-        "Planned: what the first plan, made before any training, promises for the end. "
+        "Planned: what the first plan, made before any training, promises for the end; "
+        f"aimed at: the loss that it was made for.{_margins(records)} "
         "Without re-planning the whole plan is carried out; with it training stops as "
         "soon as the target is met, which noise of the loss makes a little easier. "
-        "Target: whether the measured loss came down to it "
-        "in time. Fall-backs: epochs before which no plan was found any more.",
+        "Target: whether the measured loss came down to it in time, after any epoch, "
+        "and whether it is there at the end. Fall-backs: epochs before which no plan "
+        "was found any more.",
         "## Over seeds",
         report.markdown(means),
         "Means over runs that had a plan. The next loss is predicted from the one "
@@ -145,16 +158,27 @@ def table(experiment: str, records: list[Record]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _margins(records: list[Record]) -> str:
+    """What the margins of a table's runs are."""
+    found = {(r["config"]["margin"], r["margin"]) for r in records if r["margin"]}
+    return "".join(
+        f" A margin is {count:g} x the deviation of the profile's late losses, "
+        f"{100 * share:.1f} % of the target, or what of it leaves a plan."
+        for count, share in sorted(found)
+    )
+
+
 def _row(record: Record) -> list[str]:
     final, planned = record["final"], record["final"]["planned"]
     start = [record["label"], str(record["seed"])]
     if planned is None:
-        return [*start, "no plan", *["-"] * 10]
+        return [*start, "no plan", *["-"] * 11]
     met = final["first_met"]
     return [
         *start,
-        "met" if final["met_in_time"] else "missed",
+        _became(final),
         *(f"{x['loss']:.4f}" for x in (final, planned)),
+        f"{final['aimed_loss']:.4f}",
         *(f"{x['seconds']:.1f}" for x in (final, planned)),
         *(f"{x['joules']:.0f}" for x in (final, planned)),
         *(str(x["epochs"]) for x in (final, planned)),
@@ -163,11 +187,18 @@ def _row(record: Record) -> list[str]:
     ]
 
 
+def _became(final: Record) -> str:
+    """Whether the target was met, and kept until the end."""
+    if not final["met_in_time"]:
+        return "missed"
+    return "met" if final["loss"] <= final["max_loss"] else "met, then lost"
+
+
 def _means(records: list[Record]) -> list[str]:
     label, count = records[0]["label"], len(records)
     done = [r for r in records if r["final"]["planned"]]
     if not done:
-        return [label, f"0 of {count}", *["-"] * 5]
+        return [label, *[f"0 of {count}"] * 2, *["-"] * 6]
     mean = lambda of: statistics.fmean(
         of(r["final"], r["final"]["planned"]) for r in done
     )
@@ -176,6 +207,8 @@ def _means(records: list[Record]) -> list[str]:
     return [
         label,
         f"{sum(r['final']['met_in_time'] for r in done)} of {count}",
+        f"{sum(_became(r['final']) == 'met' for r in done)} of {count}",
+        f"{mean(lambda f, p: f['joules']):.0f}",
         f"{mean(lambda f, p: f['joules'] / p['joules']):.3f}",
         f"{mean(lambda f, p: f['seconds'] / p['seconds']):.3f}",
         f"{mean(lambda f, p: f['loss'] - p['loss']):+.4f}",
@@ -259,9 +292,8 @@ def _curve(version: Record) -> PowerLaw | Exponential:
 def profile_table(record: Record) -> str:
     """What was measured, and how well it predicts runs that were not fitted to."""
     curves = {v["name"]: _curve(v) for v in record["versions"]}
-    fitted = record["runs"][0]["seed"]
     costs = [["version", "parameters", "FLOP / sample", "kB", "training MB"]]
-    costs[0] += ["floor", "exponent or rate", "residual"]
+    costs[0] += ["floor", "exponent or rate", "residual", "late"]
     for v in record["versions"]:
         shape = v["curve"].get("exponent", v["curve"].get("rate"))
         costs.append(
@@ -274,22 +306,14 @@ def profile_table(record: Record) -> str:
                 f"{v['curve']['floor']:.3f}",
                 f"{shape:.3g}",
                 f"{v['residual']:.4f}",
+                f"{v['late_residual']:.4f}",
             ]
         )
-    errors = [["version", "seed", "final loss", "final accuracy"]]
+    errors = [["version", "seeds", "final losses", "final accuracy"]]
     ahead = ["last point" if n is None else f"{n} ahead" for n in _AHEAD]
     errors[0] += [f"{a}: median (max)" for a in ahead]
-    for run in record["runs"]:
-        name = f"{run['seed']}" + " (fitted)" * (run["seed"] == fitted)
-        line = [run["version"], name]
-        line += [f"{run['losses'][-1]:.4f}", f"{100 * run['accuracy'][-1]:.2f} %"]
-        for points in _AHEAD:
-            curve = curves[run["version"]]
-            off = np.abs(
-                prediction_errors(curve, run["samples"], run["losses"], points)
-            )
-            line.append(f"{np.median(off):.4f} ({off.max():.4f})")
-        errors.append(line)
+    for name, curve in curves.items():
+        errors += _predicted(record, name, curve)
     jumps = [["switch", "loss before", "at once", "effective", "fitted"]]
     for s in record["switches"]:
         jump = Jump(**s["jump"])
@@ -297,37 +321,70 @@ def profile_table(record: Record) -> str:
             line = [f"{s['source']} to {s['target']}"]
             after = float(jump.after(values[0]))
             jumps.append(line + [f"{x:.4f}" for x in (*values, after)])
-    exchanges = [["cluster or level", "efficiency", "up", "down"]]
-    for c in record["clusters"]:
-        exchanges.append([c["name"], f"{c['efficiency']:.3f}", "-", "-"])
-    for g in record["gradient_levels"]:
-        shown = lambda values: ", ".join(f"{x:.4f}" for x in values)
-        line = [g["name"], f"{g['efficiency'][0]:.3f}"]
-        exchanges.append([*line, shown(g["up_fraction"]), shown(g["down_fraction"])])
+    exchanges = [["cluster or level", *curves, "up", "down"]]
+    for x in (*record["clusters"], *record["gradient_levels"]):
+        both = zip(x["efficiency"], x["error"], strict=True)
+        line = [
+            x["name"],
+            *(f"{share:.3f} ± {float(error):.3f}" for share, error in both),
+        ]
+        for sent in ("up_fraction", "down_fraction"):
+            line.append(", ".join(f"{v:.4f}" for v in x.get(sent, ())) or "-")
+        exchanges.append(line)
+    seeds = record["config"]["profile_seeds"], record["config"]["test_seeds"]
+    fitted, unseen = (", ".join(map(str, each)) for each in seeds)
     parts = [
         "<!-- Generated by `python scripts/report.py` from a record in results/runs/"
         f"{PROFILES}; do not edit. -->",
         f"# Profile of {record['experiment'].removeprefix('bench_')}",
         f"`{record['config']['task']}`, compressor `{record['config']['compressor']}`; "
         f"made on {record['device']}, commit {record['git']['commit']}, in "
-        f"{record['wall_seconds']:.0f} s. The loss is that of held-out samples.",
+        f"{record['wall_seconds']:.0f} s. The loss is that of held-out samples. Fitted "
+        f"to seeds {fitted}; runs with {unseen} are only predicted.",
         "## Versions",
         report.markdown(costs),
-        "FLOPs of a training step as XLA counts them; memory of a compiled step.",
+        "FLOPs of a training step as XLA counts them; memory of a compiled step. "
+        "Residual: root mean square of log(fitted loss / measured loss) at "
+        "all points of the runs that were fitted to; late: at the later half.",
         "## Predictions",
         report.markdown(errors),
         "Absolute error of the loss that is predicted from a measured one, so many "
-        "points of the (geometric) series of samples ahead.",
+        "points of the (geometric) series of samples ahead, over all of the runs.",
         "## Switches",
         report.markdown(jumps),
         "At once: without training. Effective: from where the target's curve leads to "
         "the loss that was measured after some training; the jump is fitted to that.",
         "## Clusters and gradients",
         report.markdown(exchanges),
-        "Efficiency: effective samples per sample, at most 1, of the smallest version. "
-        "Up, down: bits sent per bit of the model, for each version.",
+        "Of each version: effective samples per sample, at most 1, with the standard "
+        "error; of levels relative to uncompressed gradients. Where a cluster cannot "
+        "hold a version the next smaller one's stands. Up, down: bits sent per bit of "
+        "the model, for each version.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _predicted(record: Record, version: str, curve: PowerLaw | Exponential):
+    """Rows of a table: how well one version's runs are predicted."""
+    for name in ("profile_seeds", "test_seeds"):
+        seeds = record["config"][name]
+        mine = [r for r in record["runs"] if r["version"] == version]
+        mine = [r for r in mine if r["seed"] in seeds]
+        if not mine:
+            continue
+        losses = ", ".join(f"{run['losses'][-1]:.4f}" for run in mine)
+        accuracy = 100 * np.mean([run["accuracy"][-1] for run in mine])
+        what = "fitted" if name == "profile_seeds" else "unseen"
+        line = [version, f"{', '.join(map(str, seeds))} ({what})", losses]
+        line.append(f"{accuracy:.2f} %")
+        for points in _AHEAD:
+            off = [
+                prediction_errors(curve, run["samples"], run["losses"], points)
+                for run in mine
+            ]
+            off = np.abs(np.concatenate(off))
+            line.append(f"{np.median(off):.4f} ({off.max():.4f})")
+        yield line
 
 
 def profile_figure(record: Record) -> Figure:
@@ -353,12 +410,13 @@ def profile_figure(record: Record) -> Figure:
 
 def _losses(axes: Axes, record: Record) -> None:
     curves = {v["name"]: _curve(v) for v in record["versions"]}
-    fitted = record["runs"][0]["seed"]
+    fitted = record["config"]["profile_seeds"]
     for run in record["runs"]:
         colour = f"C{[*curves].index(run['version'])}"
         x, y = np.array(run["samples"], float), run["losses"]
-        if run["seed"] == fitted:
-            axes.plot(x, y, "o", color=colour, label=run["version"])
+        if run["seed"] in fitted:
+            label = run["version"] if run["seed"] == fitted[0] else None
+            axes.plot(x, y, "o", color=colour, markersize=4, label=label)
             continue
         axes.plot(x, y, "o", color=colour, markerfacecolor="none")
         at = np.geomspace(x[0], x[-1], 200)
@@ -366,7 +424,7 @@ def _losses(axes: Axes, record: Record) -> None:
         axes.plot(at, later, "-", color=colour, linewidth=0.8)
     axes.set(xscale="log", xlabel="samples", ylabel="held-out loss")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    title = f"seed {fitted} (filled, fitted to); others, and what is predicted"
+    title = "filled: fitted to; others, and what is predicted of them"
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(title="version", fontsize="small")

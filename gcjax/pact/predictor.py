@@ -101,19 +101,22 @@ def next_loss(
 
 def fit_curve(
     samples: np.ndarray, losses: np.ndarray, kind: str = "power"
-) -> tuple[PowerLaw | Exponential, float]:
-    """Fits a curve to one run by bounded least squares on the logarithm of the loss.
+) -> tuple[PowerLaw | Exponential, np.ndarray]:
+    """Fits a curve to one run, or one to several runs together.
 
-    Errors beyond 5 % count linearly, not squared: losses of a few steps jump.
+    By bounded least squares on the logarithm of the loss. Errors beyond 5 % count
+    linearly, not squared: losses of a few steps jump. All points count alike.
 
     Args:
-      samples: [n] samples seen, n >= 4, strictly increasing and positive.
-      losses: [n] losses, positive.
+      samples: [n] samples seen, n >= 4, strictly increasing and positive; [R, n] of R
+        runs.
+      losses: Losses, positive, of the same shape.
       kind: "power", loss = floor + scale * (X + shift)^-exponent, or "exponential".
 
     Returns:
-      The curve and the root mean square of the logarithmic residuals. The shift is
-      fitted but not kept: a plan starts from a loss, not from a number of samples.
+      The curve and the residuals, log(fitted / measured), of the losses' shape. The
+      shift is fitted but not kept: a plan starts from a loss, not from a number of
+      samples.
 
     Raises:
       ValueError: for too few, unordered or non-finite points, or an unknown kind.
@@ -121,16 +124,16 @@ def fit_curve(
     x, y = (np.asarray(v, float) for v in (samples, losses))
     if kind not in ("power", "exponential"):
         raise ValueError(f"kind must be 'power' or 'exponential', got {kind!r}")
-    if x.shape != y.shape or x.ndim != 1 or x.size < 4:
+    if x.shape != y.shape or x.ndim not in (1, 2) or x.size < 4:
         raise ValueError(
             f"a fit needs at least 4 samples and as many losses, got {x.shape} and "
             f"{y.shape}"
         )
     if not (np.isfinite(x).all() and np.isfinite(y).all() and (y > 0).all()):
         raise ValueError("the profile holds losses that are not finite and positive")
-    if x[0] <= 0 or (np.diff(x) <= 0).any():
+    if x.min() <= 0 or (np.diff(x) <= 0).any():
         raise ValueError("samples must be positive and strictly increasing")
-    unit, low, span = x[-1], y.min(), max(np.ptp(y), 1e-6 * y.max())
+    unit, low, span = x.max(), y.min(), max(np.ptp(y), 1e-6 * y.max())
     power = kind == "power"
 
     def curve_of(p):
@@ -141,11 +144,11 @@ def fit_curve(
 
     def residuals(p):
         shift = p[3] * unit if power else 0.0
-        return np.log(curve_of(p).loss(x + shift)) - np.log(y)
+        return (np.log(curve_of(p).loss(x + shift)) - np.log(y)).ravel()
 
     # The floor lies under the lowest loss; nothing else is known of it.
     lower = [1e-9 * low, 1e-6 * span, 0.05 if power else 1e-3]
-    upper = [low, 1e3 * span, 4.0 if power else 1e3]
+    upper = [0.999 * low, 1e3 * span, 4.0 if power else 1e3]
     starts = [0.9, 0.5, 0.1]
     if power:
         lower, upper = [*lower, 0.0], [*upper, 10.0]
@@ -164,7 +167,7 @@ def fit_curve(
         )
         if best is None or found.cost < best.cost:
             best = found
-    return curve_of(best.x), float(np.sqrt(np.mean(best.fun**2)))
+    return curve_of(best.x), best.fun.reshape(x.shape)
 
 
 def refit_curve(
@@ -214,6 +217,47 @@ def refit_curve(
     # A floor cannot fall below 0.
     bounds = [-6.0, max(-6.0, -0.999 / spread)], [6.0, 6.0]
     return corrected(least_squares(residuals, np.zeros(2), bounds=bounds).x)
+
+
+def fit_efficiency(
+    curve: PowerLaw | Exponential,
+    before: np.ndarray,
+    samples: np.ndarray,
+    after: np.ndarray,
+) -> tuple[float, float]:
+    """The share of samples that must have counted, for a curve to explain some epochs.
+
+    Least squares on the logarithm of the loss, so that epochs count more where the
+    curve is steep, that is early: later ones say little beside the noise.
+
+    Args:
+      curve: Of the version that was trained.
+      before: [n] losses before each epoch.
+      samples: [n] samples of each.
+      after: [n] losses after it.
+
+    Returns:
+      The share, from 0, where nothing was gained, to 1, where no less was gained than
+      the curve promises; and its standard error, by the scatter of the epochs around
+      it, inf for a single one.
+
+    Raises:
+      ValueError: for losses that are not finite, or arrays of different lengths.
+    """
+    before, samples, after = (np.asarray(v, float) for v in (before, samples, after))
+    if not before.shape == samples.shape == after.shape or before.ndim != 1:
+        raise ValueError("fit_efficiency needs one loss before and after each epoch")
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise ValueError("the profile holds epochs whose loss is not finite")
+    shares = np.append(0.0, np.geomspace(0.01, 1, 1000))
+    ahead = np.log(next_loss(curve, before, shares[:, None] * samples))
+    off = ((ahead - np.log(after)) ** 2).sum(1)
+    best = int(np.argmin(off))
+    slope = np.gradient(ahead, shares, axis=0)[best]
+    if len(before) < 2 or not slope.any():
+        return float(shares[best]), math.inf
+    noise = off[best] / (len(before) - 1)
+    return float(shares[best]), float(np.sqrt(noise / np.sum(slope**2)))
 
 
 def fit_jump(before: np.ndarray, after: np.ndarray, top: float) -> Jump:

@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from gcjax.pact.predictor import Exponential, Jump, PowerLaw
 
 Curve = PowerLaw | Exponential
@@ -92,11 +94,17 @@ class Cluster:
     name: str
     members: tuple[str, ...]
     rounds_per_epoch: int = 1  # exchanges up and down in an epoch over all data
-    efficiency: float = 1.0  # progress per sample, relative to one node's
+    # Progress per sample, relative to samples of all nodes at one: of all versions, or
+    # a value for each; 0 where its epochs lead nowhere, and are no choice.
+    efficiency: float | tuple[float, ...] = 1.0
 
     def __post_init__(self):
         _positive(self, "rounds_per_epoch")
-        _fraction(self, "efficiency")
+        if not all(0 <= v <= 1 for v in np.ravel(self.efficiency)):
+            raise ValueError(
+                f"cluster {self.name!r}: efficiency must be in [0, 1], got "
+                f"{self.efficiency}"
+            )
         if not self.members or len(set(self.members)) != len(self.members):
             raise ValueError(
                 f"cluster {self.name!r}: members must be different nodes, at least "
@@ -251,6 +259,12 @@ class Problem:
                         f"cluster {cluster.name!r}: no link joins {member!r} and its "
                         f"coordinator {cluster.coordinator!r}"
                     )
+        for cluster in self.clusters:
+            if np.size(cluster.efficiency) not in (1, len(self.versions)):
+                raise ValueError(
+                    f"cluster {cluster.name!r}: efficiency needs one value, or one for "
+                    f"each of {len(self.versions)} versions, got {cluster.efficiency}"
+                )
         versions = {v.name for v in self.versions}
         _known("start_version", (self.start_version,), versions)
         _known("start_cluster", (self.start_cluster,), {c.name for c in self.clusters})
@@ -383,12 +397,4 @@ def _not_negative(part: Any, *names: str) -> None:
             raise ValueError(
                 f"{_label(part)}: {name} must be a number >= 0, "
                 f"got {getattr(part, name)}"
-            )
-
-
-def _fraction(part: Any, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(part, name) <= 1:
-            raise ValueError(
-                f"{_label(part)}: {name} must be in (0, 1], got {getattr(part, name)}"
             )

@@ -8,6 +8,7 @@ version costs. `problem` makes of that, and of a config's nodes and targets, wha
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,13 +20,22 @@ import numpy as np
 from gcjax import experiment, results
 from gcjax.pact import compressors, training
 from gcjax.pact.compressors import ModelCompressor, Params
-from gcjax.pact.predictor import Exponential, PowerLaw, fit_curve, fit_jump, next_loss
+from gcjax.pact.predictor import (
+    Exponential,
+    PowerLaw,
+    fit_curve,
+    fit_efficiency,
+    fit_jump,
+    next_loss,
+)
 from gcjax.pact.problem import Problem, from_config
-from gcjax.pact.training import Trainer
+from gcjax.pact.training import UNCOMPRESSED, Trainer
 from gcjax.tasks import Task
 
 Curve = PowerLaw | Exponential
-_LEAST = 0.01  # efficiency, where a cluster's epoch gained nothing
+# What levels have in configs and profiles, but not in problems.
+_OURS = ("method", "aggregator", "error")
+_LEAST = 0.01  # efficiency of a level
 
 
 class Pilot(NamedTuple):
@@ -57,8 +67,14 @@ def profile(
 ) -> dict[str, Any]:
     """Measures and fits all that plans need; a record of one JSON file.
 
-    The first of `config.profile_seeds` is what is fitted to; runs with the others are
-    there to see how well that predicts them.
+    Everything is fitted to the runs of all `config.profile_seeds` together; those of
+    `config.test_seeds` are only there to see how well that predicts them. Plans should
+    be carried out with seeds that are in neither.
+
+    Each version's `residual` is the root mean square of the logarithm of fitted over
+    measured losses, at all points of all runs: the noise of a loss measured anywhere.
+    Its `late_residual` is that of the later half of each run's points, where targets
+    lie and losses scatter less: a margin at the end of a plan is counted in it.
 
     Args:
       config: As configs/pact_fashion.py has it.
@@ -69,39 +85,53 @@ def profile(
     """
     begun = time.perf_counter()
     record = results.new_record(config, "profile") | {"runs": []}
-    fitted_to, *unseen = (_pilot(config, seed) for seed in config.profile_seeds)
-    for pilot in (fitted_to, *unseen):
+    pilots = [_pilot(config, seed) for seed in config.profile_seeds]
+    unseen = (_pilot(config, seed) for seed in config.test_seeds)
+    record["histograms"] = pilots[0].trainer.histograms.tolist()
+    for pilot in itertools.chain(pilots, unseen):
         for share in config.shares:
             run = _run(pilot, share) | {"seed": pilot.config.seed}
             record["runs"].append(run)
             tell(f"{run['version']}, seed {run['seed']}: loss {run['losses'][-1]:.4f}")
-        if pilot is not fitted_to:
-            pilot.checkpoints.clear()
     record["top_loss"] = max(run["first_loss"] for run in record["runs"])
-    runs = dict(zip(config.shares, record["runs"], strict=False))
-    fits = {
-        share: fit_curve(run["samples"], run["losses"], config.curve)
-        for share, run in runs.items()
-    }
-    curves = {share: curve for share, (curve, _) in fits.items()}
-    record["versions"] = [
-        _version(fitted_to, share, *fit) for share, fit in fits.items()
-    ]
+    curves, record["versions"] = _fitted(pilots, record["runs"])
     tell(f"costs: {[v['flops_per_sample'] for v in record['versions']]} FLOP a sample")
-    record["switches"] = []
-    for i, source in enumerate(config.shares):
-        for target in config.shares[i + 1 :]:
-            measured = _switch(fitted_to, source, target, curves[target])
-            jump = _fitted_jump(measured, record["top_loss"])
-            record["switches"].append(measured | {"jump": jump})
-    tell(
-        "switches: "
-        + ", ".join(f"{s['jump']['height']:.3f}" for s in record["switches"])
-    )
-    record["clusters"], record["gradient_levels"] = _exchanges(fitted_to, curves)
-    tell(f"clusters: {[(c['name'], c['efficiency']) for c in record['clusters']]}")
+    record["switches"] = _switches(pilots, curves, record["top_loss"])
+    heights = ", ".join(f"{s['jump']['height']:.3f}" for s in record["switches"])
+    tell(f"switches: {heights}")
+    record["tries"] = []
+    for version in record["versions"]:
+        record["tries"] += _tries(pilots, version)
+        tell(f"{version['name']}: {len(record['tries'])} clusters and levels tried")
+    curves = {version_name(share): curve for share, curve in curves.items()}
+    efficiencies = _efficiencies(config, record["tries"], curves)
+    record["clusters"], record["gradient_levels"] = efficiencies
     seconds = time.perf_counter() - begun
     return record | {"status": "done", "wall_seconds": seconds}
+
+
+def _fitted(pilots: list[Pilot], runs: list[Mapping]) -> tuple[dict, list]:
+    """Curves by share, and what is recorded of each version."""
+    config, curves, versions = pilots[0].config, {}, []
+    for share in config.shares:
+        mine = [r for r in runs if r["version"] == version_name(share)]
+        mine = [r for r in mine if r["seed"] in config.profile_seeds]
+        points = ([run[name] for run in mine] for name in ("samples", "losses"))
+        curves[share], off = fit_curve(*points, config.curve)
+        versions.append(_version(pilots[0], share, curves[share], off))
+    return curves, versions
+
+
+def _switches(pilots: list[Pilot], curves, top_loss: float) -> list[dict[str, Any]]:
+    made = []
+    for source, target in itertools.combinations(pilots[0].config.shares, 2):
+        each = [_switch(pilot, source, target, curves[target]) for pilot in pilots]
+        measured = each[0] | {
+            name: sum((one[name] for one in each), [])
+            for name in ("before", "at_once", "effective")
+        }
+        made.append(measured | {"jump": _fitted_jump(measured, top_loss)})
+    return made
 
 
 def _pilot(config: ml_collections.ConfigDict, seed: int) -> Pilot:
@@ -138,7 +168,7 @@ def _size(trainer: Trainer) -> int:
     return len(jax.tree.leaves(trainer.pooled(0))[0])
 
 
-def _version(pilot: Pilot, share: float, curve: Curve, residual: float) -> dict:
+def _version(pilot: Pilot, share: float, curve: Curve, off: np.ndarray) -> dict:
     counted = compressors.costs(
         pilot.compressor,
         pilot.task,
@@ -147,12 +177,14 @@ def _version(pilot: Pilot, share: float, curve: Curve, residual: float) -> dict:
         pilot.trainer.optimizer,
     )
     kind = "power" if isinstance(curve, PowerLaw) else "exponential"
+    size = lambda off: float(np.sqrt(np.mean(off**2)))
     return {
         "name": version_name(share),
         "share": share,
         **counted._asdict(),
         "curve": {"kind": kind, **dataclasses.asdict(curve)},
-        "residual": residual,
+        "residual": size(off),
+        "late_residual": size(off[:, off.shape[1] // 2 :]),
     }
 
 
@@ -195,83 +227,115 @@ def _fitted_jump(measured: Mapping[str, Any], top_loss: float) -> dict[str, floa
     return dataclasses.asdict(fit_jump(before, np.minimum(after, top_loss), top_loss))
 
 
-def _exchanges(pilot: Pilot, curves: Mapping[float, Curve]) -> tuple[list, list]:
-    """Efficiency of clusters and gradient levels, and what levels send.
+def _tries(pilots: list[Pilot], version: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Epochs of one version, in every cluster and at every gradient level.
 
-    Every cluster trains the smallest version, which all can hold, for an epoch from two
-    checkpoints; how far that led along the curve, for each sample, is its efficiency,
-    at most 1. That of a level is relative to uncompressed gradients. It
-    is taken to be the same for other versions. Bits are counted for each version.
+    From `config.tried_points` checkpoints of each seed, spread over its run. Clusters
+    and levels that the version leaves no memory for are left out.
     """
-    config, trainer = pilot.config, pilot.trainer
-    smallest = config.shares[-1]
-    names = [node["name"] for node in config.nodes]
-    points = pilot.checkpoints[smallest]
-    starts = [points[len(points) // 3], points[2 * len(points) // 3]]
-    seen = np.full(len(names), config.last_samples)
-
-    def gain(members, rounds, method) -> float:
-        """Effective samples per sample, the mean of both checkpoints."""
-        gains = []
-        for loss, params in starts:
-            done = trainer.epoch(params, members, 1.0, rounds, method, seen)
-            later = trainer.evaluate(done.params)["loss"]
-            gains.append(efficiency(curves[smallest], loss, sum(done.samples), later))
-        return float(np.mean(gains))
-
-    clusters, relative = [], {level["name"]: [] for level in config.gradient_levels}
+    config, made = pilots[0].config, []
+    room = {node["name"]: node["memory_bytes"] for node in config.nodes}
     for cluster in config.clusters:
-        members = tuple(names.index(m) for m in cluster["members"])
-        rounds = cluster.get("rounds_per_epoch", 1)
-        plain = gain(members, rounds, "dense")
-        clusters.append({"name": cluster["name"], "efficiency": plain})
-        for level in config.gradient_levels if len(members) > 1 else ():
-            method = level["method"]
-            own = plain if method == "dense" else gain(members, rounds, method)
-            relative[level["name"]].append(min(own / plain, 1.0))
-    return clusters, [
-        _level(pilot, level, relative) for level in config.gradient_levels
-    ]
+        several = len(cluster["members"]) > 1
+        for level in _levels(config)[: None if several else 1]:
+            coded = level.get("bytes_per_parameter", 0.0) * several
+            needed = version["training_bytes"] + coded * version["parameters"]
+            if needed <= min(room[m] for m in cluster["members"]):
+                names = {"version": version["name"], "cluster": cluster["name"]}
+                tried = _tried(pilots, version["share"], cluster, level)
+                made.append(names | {"level": level["name"]} | tried)
+    return made
 
 
-def _level(pilot: Pilot, level: Mapping[str, Any], relative: Mapping) -> dict[str, Any]:
-    """Bits of a level that the aggregator declares in one round, by version."""
-    config, found = pilot.config, relative[level["name"]]
+def _levels(config) -> tuple[Mapping[str, Any], ...]:
+    """The config's gradient levels, whose first one is uncompressed."""
+    return config.gradient_levels or ({"name": "none"} | UNCOMPRESSED,)
+
+
+def _tried(pilots: list[Pilot], share: float, cluster, level) -> dict[str, Any]:
+    config = pilots[0].config
     names = [node["name"] for node in config.nodes]
-    cluster = next(c for c in config.clusters if len(c["members"]) > 1)
     members = tuple(names.index(m) for m in cluster["members"])
-    sizes = pilot.trainer.histograms.sum(1)[list(members)]
-    # One round of few samples, for the bits alone.
-    part = config.batch_size / sizes.max()
-    up, down = [], []
-    for share in config.shares:
-        _, params = pilot.checkpoints[share][0]
-        method, seen = level["method"], np.zeros(len(names), int)
-        done = pilot.trainer.epoch(params, members, part, 1, method, seen)
-        bits = 8 * pilot.compressor.parameter_bytes(params) * done.rounds
-        up.append(done.up_bits[1] / bits)
-        down.append(done.down_bits[1] / bits)
-    mean = float(np.mean(found)) if found else 1.0
-    return {
-        "name": level["name"],
-        "up_fraction": up,
-        "down_fraction": down,
-        "efficiency": [mean] * len(up),
-    }
+    rounds = cluster.get("rounds_per_epoch", 1)
+    # Batches that the checkpoints have not seen.
+    seen = np.full(len(names), config.last_samples)
+    found: dict[str, Any] = {"before": [], "samples": [], "after": []}
+    for pilot in pilots:
+        points, count = pilot.checkpoints[share], config.tried_points
+        for i in range(1, count + 1):
+            loss, params = points[i * len(points) // (count + 1)]
+            done = pilot.trainer.epoch(params, members, 1.0, rounds, level, seen)
+            found["before"].append(loss)
+            found["samples"].append(sum(done.samples))
+            found["after"].append(pilot.trainer.evaluate(done.params)["loss"])
+    bits = 8 * pilot.compressor.parameter_bytes(params) * max(done.rounds, 1)
+    sent = {"up_fraction": done.up_bits[-1], "down_fraction": done.down_bits[-1]}
+    return found | {name: x / bits for name, x in sent.items()}
 
 
-def efficiency(curve: Curve, loss: float, samples: int, later: float) -> float:
-    """Share of the samples that count, if they led from a loss to a later one.
+def _efficiencies(config, tries, curves) -> tuple[list, list]:
+    """Efficiency of clusters and gradient levels, and what levels send, by version.
 
-    At least 0.01, where nothing was gained, and 1 where the curve promises no more.
+    Those of clusters explain how far their uncompressed epochs led along the version's
+    curve; those of levels, on top of that, the epochs of all clusters of several nodes
+    together. Where there is no memory for a version, the next smaller one's value
+    stands in its place; no plan can use it.
     """
-    least, most = (next_loss(curve, loss, share * samples) for share in (_LEAST, 1.0))
-    if later >= least:
-        return _LEAST
-    if later <= most:
-        return 1.0
-    effective = curve.progress(later) - curve.progress(loss)
-    return float(np.clip(effective / samples, _LEAST, 1.0))
+    columns: list[dict] = []
+    for version in reversed(curves):  # from small to large
+        mine = [t for t in tries if t["version"] == version]
+        found = _measured(config, mine, curves[version])
+        columns.append((columns[-1] if columns else {}) | found)
+    columns.reverse()
+
+    def rows(part: str) -> list[dict[str, Any]]:
+        made = []
+        for name in (x["name"] for x in config[part]):
+            if (part, name) not in columns[-1]:
+                raise ValueError(
+                    f"{part}: no nodes have memory for the smallest version with "
+                    f"{name!r}: remove it, or give them more"
+                )
+            each = [column[part, name] for column in columns]
+            made.append({"name": name} | {k: [x[k] for x in each] for k in each[0]})
+        return made
+
+    return rows("clusters"), rows("gradient_levels")
+
+
+def _measured(config, tries: list[Mapping], curve: Curve) -> dict:
+    """By part of the problem and name, all that can be said of one version."""
+    found, first = {}, _levels(config)[0]["name"]
+    joined = lambda some, name: np.concatenate([t[name] for t in some])
+    for tried in tries:
+        if tried["level"] == first:
+            parts = (tried[name] for name in ("before", "samples", "after"))
+            share, error = fit_efficiency(curve, *parts)
+            at = "clusters", tried["cluster"]
+            found[at] = {"efficiency": share, "error": error}
+    several = [c["name"] for c in config.clusters if len(c["members"]) > 1]
+    for level in _levels(config):
+        some = [t for t in tries if t["level"] == level["name"]]
+        some = [t for t in some if t["cluster"] in several]
+        if not some:
+            continue
+        share, error = 1.0, 0.0
+        if level["name"] != first:
+            plain = [found["clusters", t["cluster"]]["efficiency"] for t in some]
+            useful = [
+                e * np.array(t["samples"]) for e, t in zip(plain, some, strict=True)
+            ]
+            ends = joined(some, "before"), np.concatenate(useful), joined(some, "after")
+            share, error = fit_efficiency(curve, *ends)
+            share = max(share, _LEAST)
+        mean = lambda name, some=some: float(np.mean([t[name] for t in some]))
+        found["gradient_levels", level["name"]] = {
+            "efficiency": share,
+            "error": error,
+            "up_fraction": mean("up_fraction"),
+            "down_fraction": mean("down_fraction"),
+        }
+    return found
 
 
 # --- From a profile to a problem. -----------------------------------------------------
@@ -322,7 +386,7 @@ def problem(
                 pick(s, "source", "target", "flops", "jump") for s in record["switches"]
             ],
             "gradient_levels": [
-                {k: v for k, v in {**levels[c["name"]], **c}.items() if k != "method"}
+                {k: v for k, v in {**levels[c["name"]], **c}.items() if k not in _OURS}
                 for c in config.gradient_levels
             ],
             "top_loss": record["top_loss"],

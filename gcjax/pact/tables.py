@@ -64,7 +64,7 @@ def tabulate(problem: Problem) -> Tables:
         for a, (c, f, g) in enumerate(zip(destination, fraction, level, strict=True)):
             spent = _epoch(problem, m, clusters[c], f, levels[g])
             kept = levels[g].efficiency[m] if len(clusters[c].members) > 1 else 1.0
-            train[:, m, a] = *spent, f * useful[c] * kept
+            train[:, m, a] = *spent, f * useful[c][m] * kept
         if not np.isfinite(train[0, m]).any():
             raise ValueError(_why_nobody(problem, version))
     move_j, move_s = _moves(problem)
@@ -196,12 +196,13 @@ def switch_cost(problem: Problem, holder: Cluster, flops: float) -> tuple[float,
     return flops * node.joules_per_flop, flops / node.flops_per_s
 
 
-def _useful(problem: Problem, cluster: Cluster) -> float:
-    """Effective samples of all of a cluster's data, gradients uncompressed."""
+def _useful(problem: Problem, cluster: Cluster) -> np.ndarray:
+    """Effective samples of a cluster's data, [M], gradients uncompressed."""
     samples = _histogram(problem, cluster)
     everything = sum(np.array(n.histogram, float) for n in problem.nodes)
     kept = 1 - problem.skew_loss * _distance(samples, everything)
-    return float(samples.sum() * cluster.efficiency * kept)
+    each = np.broadcast_to(cluster.efficiency, len(problem.versions))
+    return samples.sum() * each * kept
 
 
 def _histogram(problem: Problem, cluster: Cluster) -> np.ndarray:

@@ -26,6 +26,7 @@ from gcjax.pact.compressors import ModelCompressor, Params
 from gcjax.tasks import Batch, Task
 
 AXIS = experiment.AXIS
+UNCOMPRESSED = {"method": "dense"}  # a level of gradient compression
 
 
 class Done(NamedTuple):
@@ -46,10 +47,9 @@ class Trainer(NamedTuple):
     fit: Callable[[Params, Iterable[Batch]], Params]
     # step -> batch of about batch_size samples from all nodes, by their shares.
     pooled: Callable[[int], Batch]
-    # (params, members, fraction, rounds, method, seen int[N]) -> Done. `rounds` are
-    # those of an epoch over all data, `method` as for
-    # `gcjax.experiment.build_aggregator`, `seen` the samples that each node has trained
-    # on before.
+    # (params, members, fraction, rounds, level, seen int[N]) -> Done. `rounds` are
+    # those of an epoch over all data, `level` is one of config.gradient_levels or
+    # UNCOMPRESSED, `seen` the samples that each node has trained on before.
     epoch: Callable[..., Done]
     evaluate: Callable[[Params], dict[str, float]]  # held-out loss and accuracy
     optimizer: optax.GradientTransformation  # of each node
@@ -102,11 +102,11 @@ def trainer(
         return params
 
     @functools.lru_cache
-    def together(members: tuple[int, ...], method: str) -> tuple[Callable, Callable]:
+    def together(members: tuple[int, ...], *way: str) -> tuple[Callable, Callable]:
         p = sizes[list(members)] / sizes[list(members)].sum()
-        return _cooperative(task, config, method, p, local)
+        return _cooperative(task, config.seed, *way, p, local)
 
-    def epoch(params, members, fraction, rounds, method, seen) -> Done:
+    def epoch(params, members, fraction, rounds, level, seen) -> Done:
         if len(members) == 1:
             (node,), size = members, config.batch_size
             steps = max(1, round(fraction * sizes[node] / size))
@@ -121,7 +121,8 @@ def trainer(
                 f"{rounds} rounds leave {own.max()} samples of a member to each, more "
                 f"than config.batch_size = {config.batch_size}: raise rounds_per_epoch"
             )
-        init, step = together(tuple(members), method)
+        way = level["method"], level.get("aggregator", config.aggregator)
+        init, step = together(tuple(members), *way)
         state, mask = init(params), compressor.trainable(params)
         weight = (np.arange(own.max()) < own[:, None]) / own[:, None]
         sent = jnp.zeros(len(members), jnp.int32), jnp.int32(0)
@@ -166,8 +167,9 @@ def _apply(tx, params, state, grads, mask):
     return optax.apply_updates(params, updates), state
 
 
-def _cooperative(task: Task, config, method: str, p: np.ndarray, local):
+def _cooperative(task: Task, seed: int, method: str, aggregator: str, p, local):
     """init and step of a cluster whose members have the weights p [n]."""
+    config = ml_collections.ConfigDict({"aggregator": aggregator, "seed": seed})
     aggregate = experiment.build_aggregator(config, method, p)
     tx = optax.chain(aggregate, local)
     across = dict(axis_name=AXIS, num_workers=len(p))
