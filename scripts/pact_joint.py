@@ -85,8 +85,8 @@ def proofs(found: list[Record]) -> str:
     proved = sum(p["joules"] <= p["lower_bound_j"] * (1 + 1e-6) for p in made)
     unsettled = sum(p.get("gave_up", False) for p in plans)
     return (
-        f"All plans are those of exact labels: {proved} of {len(made)} are proved to be "
-        f"optimal, and for {unsettled} more it is open whether a plan exists."
+        f"All plans are those of exact labels: {proved} of {len(made)} are proved to "
+        f"be optimal, and for {unsettled} more it is open whether a plan exists."
     )
 
 
