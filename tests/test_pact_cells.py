@@ -176,6 +176,21 @@ def test_plans_of_a_batch_are_as_good_as_single_ones():
         pact.plan_batch([chosen[0], small(1, 3, 3, 12)])
 
 
+def test_a_full_log_stays_true():
+    """What had no room is dropped; the labels that are there can be traced back."""
+    problem, best = problems()[0]
+    found = graph.build(problem)
+    bound = graph.estimate(found)
+    a = cells.arrays(found, bound, 3 * best, (8192, 1024, 1))
+    a = a._replace(upper=np.float32(np.inf))
+    log = jax.device_get(cells.solve(a, 64, improve=False))
+    assert log.full and log.count > 64
+    for i in range(1, int(log.count)):
+        plan = pact.replay(problem, cells.trace(found, log, i))
+        joules = log.cost[i] * bound.energy_unit_j
+        np.testing.assert_allclose(plan.joules, joules, rtol=1e-5)
+
+
 def test_no_second_compilation_for_another_resolution_or_target():
     problem, best = problems()[2]
     found = graph.build(problem)

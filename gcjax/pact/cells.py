@@ -176,7 +176,9 @@ class _Search:
 
     def run(self) -> Log:
         a = self.a
-        room = self.capacity + self.per_turn
+        # The last turn that has room may exceed `capacity`; later ones, whose labels
+        # are dropped, still write where nothing is.
+        room = self.capacity + 2 * self.per_turn
         zeros = partial(jnp.zeros, (room,), jnp.int32)
         place = a.start[0] * self.clusters + a.start[1]
         log = Log(
@@ -298,7 +300,7 @@ class _Search:
             used = -(-used // self.unit[1]) * self.unit[1]
         total = self._total(a.value, (n, to, x), cost, used, epoch[:, None])
         ok &= self._within(total, upper)
-        has_room = log.count + self.per_turn <= log.cost.shape[0]
+        has_room = log.count <= self.capacity
         full = log.full | (jnp.any(ok) & ~has_room)
         ok &= has_room
 
