@@ -2,8 +2,10 @@
 
     python scripts/pact_plan.py --config=configs/pact_tiers.py
     python scripts/pact_plan.py --config=configs/pact_tiers.py --solver=labels
+    python scripts/pact_plan.py --config=configs/pact_tiers.py --figure=plan.png
 
-Runs of equal epochs are one line.
+Runs of equal epochs are one line. The last line says how far the plan may be above the
+optimum, as far as that was proved.
 """
 
 import itertools
@@ -11,11 +13,13 @@ import sys
 from pathlib import Path
 
 from absl import flags
+from matplotlib.figure import Figure
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gcjax import command, pact  # noqa: E402
+from gcjax.pact import outcomes  # noqa: E402
 
 
 def text(plan: pact.Plan) -> str:
@@ -36,16 +40,27 @@ def text(plan: pact.Plan) -> str:
         f"loss {plan.loss:.4f}, {plan.seconds:.4g} s, {plan.joules:.4g} J, "
         f"{len(plan.steps)} epochs; {plan.solver} in {plan.cpu_s:.2f} CPU s"
     )
+    if plan.lower_bound_j:
+        gap = 100 * max(0.0, plan.joules / plan.lower_bound_j - 1)
+        least = "the least energy that meets the target"
+        above = f"at most {gap:.2f} % above {least}" if gap > 1e-4 else least
+        lines.append(f"proved: {above}")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Reads the problem, plans and prints."""
     problem = pact.from_config(CONFIG.value)
-    print(text(pact.plan(problem, flags.FLAGS.solver, progress=True)))
+    plan = pact.plan(problem, flags.FLAGS.solver, progress=True)
+    print(text(plan))
+    if flags.FLAGS.figure:
+        figure = Figure(layout="constrained")
+        outcomes.draw_plan(figure, problem, plan.steps)
+        figure.savefig(flags.FLAGS.figure, dpi=120)
 
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
+    flags.DEFINE_string("figure", None, "Also draw the plan into this file.")
     flags.DEFINE_enum("solver", "bucket", pact.SOLVERS, "How to plan.")
     command.run(main)

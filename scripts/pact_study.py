@@ -233,29 +233,21 @@ def _gaps(figure: Figure, problems: list[Record]) -> None:
 
 def _gantt(figure: Figure, problems: list[Record]) -> None:
     """The plan with the most versions and clusters over time, and the loss."""
-    figure.set_size_inches(9, 5)
     case = max(
         _cases(problems),
         key=lambda c: c["switches"]["later"] + c["switches"]["clusters"],
     )
-    runs = case["runs"]
-    # Records name clusters; who their members are follows from the problem's seed.
-    members = {c.name: c.members for c in pact_driver.problem_of(case).clusters}
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    outcomes.draw_epochs(
-        top,
-        [*dict.fromkeys(node for r in runs for node in members[r[1]])],
-        [*dict.fromkeys(r[0] for r in runs)],
-        [(r[0], members[r[1]], r[6]) for r in runs],
+    # Records hold what was decided; the rest follows from the problem's seed.
+    problem = pact_driver.problem_of(case).with_target(
+        max_loss=case["max_loss"], deadline_s=case["deadline_s"]
     )
-    top.set_title(
+    steps = [pact.Step(*run[:4], *run[5:]) for run in case["runs"]]
+    outcomes.draw_plan(figure, problem, steps)
+    figure.suptitle(
         f"{case['kind']}, {pact_driver.size_of(case)}, loss "
         f"{case['max_loss']:g} in {case['deadline_s']:.3g} s",
         fontsize="medium",
     )
-    below.plot([r[6] for r in runs], [r[5] for r in runs], ".-")
-    below.set(xlabel="time, s", ylabel="predicted loss")
-    below.grid(alpha=0.3)
 
 
 def _frontier(figure: Figure, problems: list[Record]) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import slow
+from matplotlib.figure import Figure
 from pact_cases import small
 
 from gcjax import pact, report
-from gcjax.pact import exact, joint
+from gcjax.pact import exact, joint, outcomes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -76,6 +77,19 @@ def test_the_example_config_plans_and_prints():
     assert plan.joules < pact.BASELINES["static"](problem).joules
     lines = pact_plan.text(plan).splitlines()
     assert len({step.cluster for step in plan.steps}) > 1 and len(lines) > 3
+    assert lines[-1].startswith("proved: at most ")
+    best = dataclasses.replace(plan, lower_bound_j=plan.joules)
+    assert pact_plan.text(best).endswith(
+        "proved: the least energy that meets the target"
+    )
+    figure = Figure()
+    outcomes.draw_plan(figure, problem, plan.steps)
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert (
+        rows
+        == [n.name for n in problem.nodes if n.name in {*rows}]
+        == ["edge", "phone"]
+    )
 
 
 def test_choices_of_a_plan_replay_to_the_plan():

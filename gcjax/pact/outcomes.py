@@ -7,7 +7,7 @@ All from their records alone: a profile from `gcjax.pact.profiling`, runs from
 import itertools
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from matplotlib.ticker import NullFormatter
 
 from gcjax import report
 from gcjax.pact.predictor import Exponential, Jump, PowerLaw, next_loss
+from gcjax.pact.problem import Problem
 from gcjax.pact.profiling import prediction_errors, version_name
+from gcjax.pact.schedule import Step
 
 Record = dict[str, Any]
 PROFILES = "bench_pact_profile"
@@ -279,6 +281,35 @@ def draw_epochs(
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.legend(title="version", fontsize="small")
+
+
+def draw_plan(figure: Figure, problem: Problem, steps: Sequence[Step]) -> None:
+    """Draws a plan: nodes over time, coloured by version, and the loss below.
+
+    Args:
+      figure: To draw on.
+      problem: What was planned.
+      steps: Of the plan, or of every run of equal epochs the last one.
+    """
+    figure.set_size_inches(9, 5)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    members = {c.name: c.members for c in problem.clusters}
+    used = {node for step in steps for node in members[step.cluster]}
+    # Runs of equal epochs are one bar.
+    same = itertools.groupby(steps, key=lambda s: (s.version, s.cluster))
+    draw_epochs(
+        top,
+        [node.name for node in problem.nodes if node.name in used],
+        [version.name for version in problem.versions],
+        [(v, members[c], [*run][-1].seconds) for (v, c), run in same],
+    )
+    at = [(0.0, problem.start_loss)] + [(step.seconds, step.loss) for step in steps]
+    below.plot(*zip(*at, strict=True), ".-", color="black")
+    below.axhline(problem.max_loss, color="C2", linewidth=0.8, label="target")
+    below.axvline(problem.deadline_s, color="C3", linewidth=0.8, label="deadline")
+    below.set(xlabel="time, s", ylabel="predicted loss")
+    below.grid(alpha=0.3)
+    below.legend(fontsize="small")
 
 
 # --- Profiles. ------------------------------------------------------------------------
