@@ -4,7 +4,7 @@
     plan = gcjax.pact.plan(problem)
 
 Read `problem.py` first, then `graph.py` and `bucket.py`; `planning.py` says when to use
-which solver, `proof.py` how bounds are proved, `horizon.py` what to do about predictors
+which solver, `labels.py` how optima are found, `proof.py` how bounds are proved, `horizon.py` what to do about predictors
 that err.
 
 Plans are carried out by `execution.py`, with what `profiling.py` has measured of the

@@ -1,4 +1,4 @@
-"""Exact solvers: Pareto labels in order of energy, and brute force for tests."""
+"""Exact answers: optima, fastest plans, proofs that there is none; and brute force."""
 
 import math
 import time

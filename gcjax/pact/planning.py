@@ -32,8 +32,8 @@ def plan(
       solver: "bucket", exact labels that compete in cells, one survivor each; near the
         optimum, in seconds (default). "grid", the same over rounded states: the plain
         reading of a dynamic programme on the time-expanded graph. "cost_scaled",
-        within a factor of the optimum over rounded losses. "labels", the optimum, for
-        small problems or patient users. "brute_force", for tests.
+        within a factor of the optimum over rounded losses. "labels", the optimum, in
+        seconds to minutes. "brute_force", for tests.
       resolution: For bucket and grid, bins of progress (for grid: of loss) and of
         time, powers of two; None chooses them, and refines until the answer settles.
         For cost_scaled, the relative error allowed, 0.1 by default.
