@@ -47,12 +47,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.split = "skewed((0.4, 0.35, 0.25), concentration=1000.0)"
     # Where data sets lie; "" for $GCJAX_DATA or the cache.
     config.data_dir = ""
-    # "plan", or baselines of gcjax.pact; one run each.
+    # "plan", baselines of gcjax.pact, or ways of gcjax.pact.joint; one run each.
     config.methods = ("plan",)
-    # Fit and plan again after every epoch; for the method "plan".
+    # Fit and plan again after every epoch; not for baselines.
     config.replan = True
     # How far below the target plans aim, in standard deviations of the profile's
-    # losses; for the method "plan".
+    # losses; not for baselines.
     config.margin = 0.0
     config.seed = 0
     # Of every node: plain SGD, and samples per step.
