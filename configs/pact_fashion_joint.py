@@ -9,6 +9,11 @@ that all ways to plan that are carried out have a plan.
 Profile: python scripts/pact_profile.py --config=configs/pact_fashion_joint.py
 Plans: python scripts/pact_joint_measured.py
 All runs: python scripts/sweep.py --config=configs/pact_fashion_joint.py
+Expected: in the mean over plans, model only costs 2.6 and gradients only 4.2 times as
+much as joint, one after the other as much where it has a plan. Carried out, fixed plans
+miss the target on most of three seeds; re-planned, joint and model only meet it on all,
+for 1807 and 3407 J. Time: profile a quarter of an hour, plans some minutes, a run about
+a minute, on one CPU core.
 """
 
 import itertools
@@ -45,6 +50,7 @@ def sweep(add: Callable) -> None:
     ways, seeds = ("model only", "gradients only", "model, then gradients"), (0, 1, 2)
     for way, seed in itertools.product(("joint", *ways), seeds):
         add(methods=(way,), seed=seed)
-    # The joint plan, which "plan" is too, with what there is against errors.
-    for (replan, margin), seed in itertools.product(((False, 1.0), (True, 0.0)), seeds):
-        add(methods=("plan",), replan=replan, margin=margin, seed=seed)
+    for way, seed in itertools.product(("joint", *ways[:2]), seeds):
+        add(methods=(way,), replan=True, seed=seed)
+    for seed in seeds:
+        add(methods=("joint",), margin=1.0, seed=seed)

@@ -5,6 +5,8 @@ network for an epoch before, at nobody's expense: a switch then has something to
 
 Command: python scripts/train.py --config=configs/pact_fashion_trained.py
 All runs: python scripts/sweep.py --config=configs/pact_fashion_trained.py
+Expected: the target is met on three of three seeds, for 43 J, 34 re-planned; the plan
+switches at once all the same. Time: a run about half a minute, on one CPU core.
 """
 
 from collections.abc import Callable

@@ -5,8 +5,8 @@
 
 Read `problem.py` first, then `graph.py` and `bucket.py`; `planning.py` says when to use
 which solver, `labels.py` how optima are found, `proof.py` how bounds are proved,
-`horizon.py` what to do about predictors that err, `joint.py` what planning gradients
-together with the model is compared with.
+`horizon.py` what to do about predictors that err, `joint.py` what is lost if versions
+and gradient levels are planned apart.
 
 Plans are carried out by `execution.py`, with what `profiling.py` has measured of the
 versions that `compressors.py` makes; these train, and so are imported by themselves:

@@ -73,6 +73,7 @@ class Site(NamedTuple):
     trainer: Trainer
     whole: Params  # shapes of the whole network
     problem: Problem  # as it is at the start
+    left: Problem | None  # what of it may be planned, None where that is nothing
     noise: dict[str, float]  # of each version's losses, relative
     margin: float  # how far below the target plans aim, relative
     costs: Callable[[str, Params], Costs]  # of a version, counted once
@@ -119,15 +120,15 @@ def execute(
     if method not in names:
         raise ValueError(f"config.methods may be {', '.join(names)}, got {method!r}")
     for name in ("replan", "margin"):
-        if config[name] and method != PLAN:
+        if config[name] and method in BASELINES:
             raise ValueError(
-                f"config.{name} goes with the method 'plan', not {method!r}"
+                f"config.{name} goes with plans, not with the rule {method!r}"
             )
     return train.train(config, method, workdir, _execute)
 
 
 def _execute(config, method: str, workdir: Path, record: dict[str, Any]) -> None:
-    site, state = _begin(config)
+    site, state = _begin(config, method)
     record |= {"epochs": [], "replan": config.replan, "start_loss": state.loss}
     record["histograms"] = site.trainer.histograms.tolist()
     again, below = " again each epoch" * config.replan, " with margin"
@@ -157,7 +158,7 @@ def _execute(config, method: str, workdir: Path, record: dict[str, Any]) -> None
     record["status"] = "done"
 
 
-def _begin(config) -> tuple[Site, State]:
+def _begin(config, method: str) -> tuple[Site, State]:
     """Loads profile and data, and makes the model."""
     path = Path(config.profile)
     if not path.exists():
@@ -188,7 +189,8 @@ def _begin(config) -> tuple[Site, State]:
             "target: it must be at least 0, and leave a loss to aim at"
         )
     parts = config, task, compressor, trainer, whole
-    site = Site(*parts, problem, noise, margin, costs)
+    left = _left(problem, method) if method in joint.WAYS else problem
+    site = Site(*parts, problem, left, noise, margin, costs)
     start = problem.start_version, problem.start_cluster, loss, 0.0, 0.0
     return site, State(params, *start, seen, {})
 
@@ -210,16 +212,21 @@ def _given(config, trainer: Trainer, params: Params) -> tuple[Params, np.ndarray
 
 def _first_plan(site: Site, method: str) -> tuple[Plan | None, float]:
     """The plan, and its margin below the target."""
-    if method == PLAN:
-        return with_margin(site.problem, site.margin, _PROOF_S)
     if method in BASELINES:
         return BASELINES[method](site.problem), 0.0
-    return _one_way(site.problem, method), 0.0
+    if site.left is None:
+        return None, 0.0
+    return with_margin(site.left, site.margin, _PROOF_S)
 
 
-def _one_way(problem: Problem, way: str) -> Plan | None:
-    left = joint.restricted(problem, way, lambda first: _one_way(problem, first))
-    return left and attempt(left, _PROOF_S)
+def _left(problem: Problem, way: str) -> Problem | None:
+    """What a way to plan leaves of the problem; plans that it builds on are made."""
+
+    def first(way: str) -> Plan | None:
+        left = _left(problem, way)
+        return left and attempt(left, _PROOF_S)
+
+    return joint.restricted(problem, way, first)
 
 
 def _aimed(site: Site, margin: float) -> float:
@@ -239,8 +246,8 @@ def _next(
     if not done and planned.steps:
         return planned.steps[0], "planned", margin
     now = Standing(state.version, state.cluster, state.loss, state.seconds, done)
-    again = refitted(site.problem, state.history, site.noise)
-    chosen = next_step((again, site.problem), now, _PROOF_S, site.margin)
+    again = refitted(site.left, state.history, site.noise)
+    chosen = next_step((again, site.left), now, _PROOF_S, site.margin)
     how = ("re-planned", "from the profile", "fall-back")[chosen.candidate]
     return chosen.step, how, chosen.margin
 

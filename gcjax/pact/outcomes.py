@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from gcjax import report
+from gcjax.pact.joint import JOINT
 from gcjax.pact.predictor import Exponential, Jump, PowerLaw, next_loss
 from gcjax.pact.problem import Problem
 from gcjax.pact.profiling import prediction_errors, version_name
@@ -55,7 +56,7 @@ def write_report(runs: Path, out: Path) -> list[Path]:
         written.append(_write(out / "tables" / f"{name}.md", text))
         for label, group in itertools.groupby(records, key=lambda r: r["label"]):
             first = next((r for r in group if r["epochs"]), None)
-            if first and first["method"] == "plan":
+            if first and first["method"] in ("plan", JOINT):
                 path = out / "figures" / f"{name}_{label.replace(' ', '_')}.png"
                 written.append(_draw(path, gantt(first)))
     return written
