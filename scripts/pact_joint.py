@@ -84,10 +84,13 @@ def proofs(found: list[Record]) -> str:
     made = [p for p in plans if p["joules"]]
     proved = sum(p["joules"] <= p["lower_bound_j"] * (1 + 1e-6) for p in made)
     unsettled = sum(p.get("gave_up", False) for p in plans)
-    return (
+    text = (
         f"All plans are those of exact labels: {proved} of {len(made)} are proved to "
-        f"be optimal, and for {unsettled} more it is open whether a plan exists."
     )
+    text += "be optimal."
+    if unsettled:
+        text += f" For {unsettled} more it is open whether a plan exists."
+    return text
 
 
 def _cases(problems: list[Record]) -> list[Record]:
