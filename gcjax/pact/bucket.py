@@ -2,9 +2,9 @@
 
 A *window* is a search of `cells` for plans whose bounded energy is at most so much. In
 a narrow window few labels survive, so that cells can be fine. Windows widen until a
-plan is found. Then progress and time are cut finer in turn, as far as a number of
-labels allows, or until the plan is as near as wanted to a proved lower bound. One label
-survives in a cell, and now and then it is the wrong one: that finer cells gained
+plan is found. Then progress and time are cut otherwise, as far as a number of labels
+allows, or until the plan is as near as wanted to a proved lower bound. One label
+survives in a cell, and now and then it is the wrong one: that other cells gained
 nothing once does not say that they never will.
 """
 
@@ -23,10 +23,13 @@ from gcjax.pact.schedule import Plan, feasible, replay
 
 # Labels of one window: at first, at most to improve a plan, and at most to find one.
 CAPACITIES = 1 << 16, 1 << 18, 1 << 20
-_LABELS = 400_000  # after which a plan is not improved further
+_LABELS = 600_000  # after which a plan is not improved further
 # Labels of a cell are ranked by bounds that price time and epochs: few bins of these
 # are enough for most problems.
 _FIRST = 1024, 4
+# Which labels lose their cells is a matter of luck that other cells change, and either
+# progress or time may be what keeps a better plan out.
+_OTHERS = (2048, 4), (256, 16), (64, 64), (2048, 16), (512, 64), (4096, 64), (8192, 256)
 _COARSEST = 64
 _SETTLED = 5e-4  # relative gain, or proved gap, that is not worth another window
 # Bounds that are only estimates may be too high by this share: plans are looked for
@@ -145,55 +148,69 @@ def _windows(
     graph: Graph, bound: Bounds, fixed: tuple[int, int] | None
 ) -> Generator[Window, cells.Log, Plan | None]:
     """Asks for windows, is sent their logs, and returns the best plan."""
-    problem = graph.problem
     lower_j = proof.least_joules(graph, bound)
-    best = _best_rollout(graph, bound)
-    bins, window = fixed or _FIRST, _WINDOW
-    count, largest = 0, cells.FINEST
-    while True:
-        known = best.joules if best else np.inf
-        if fixed is None and known <= lower_j * (1 + _SETTLED):
-            break
+    best, count = _best_rollout(graph, bound), 0
+    bins, window, finest = fixed or _FIRST, _WINDOW, cells.FINEST
+
+    def joules(plan: Plan | None) -> float:
+        return plan.joules if plan else np.inf
+
+    def settled() -> bool:
+        near = joules(best) <= lower_j * (1 + _SETTLED)
+        return fixed is None and (near or (best is not None and count > _LABELS))
+
+    # Wider and wider, to the first plan that is better than those of the estimate.
+    while not settled():
         reach = bound.root_j * (1 + window) if window < np.inf else np.inf
-        upper = min(known, reach)
+        upper = min(joules(best), reach)
         most = CAPACITIES[1 if best else -1]
-        log = yield Window(upper, _three(graph, bound, bins), most)
+        plan, log = yield from _asked(graph, bound, upper, bins, most)
         count += int(log.count)
-        gain = -1.0
-        if log.best >= 0:
-            choices = cells.trace(graph, log, int(log.best))
-            found = replay(problem, choices, graph.tables, "bucket", resolution=bins)
-            if not feasible(problem, found):
-                raise AssertionError("a plan in ticks fails its replay")
-            gain = (known - found.joules) / found.joules
-            best = found if gain > 0 else best
-        if best and count > _LABELS:
+        if joules(plan) < joules(best) or upper >= joules(best) < np.inf:
+            best = min(best, plan, key=joules)
             break
-        if fixed is not None and (gain >= 0 or log.full or window == np.inf):
-            break
-        if log.full and bins[0] > _COARSEST:
-            largest = bins[0] // 2
-            bins = largest, bins[1]
-            if gain >= 0 or (best and upper >= known):
-                break  # the coarser one has been tried
-        elif gain < 0 and upper < known and window < np.inf:
+        if log.full:
+            if fixed or bins[0] <= _COARSEST:
+                break
+            finest = bins[0] // 2
+            bins = finest, bins[1]
+        elif window < np.inf:
             window = 2 * window if window < 0.5 else np.inf  # nothing is so cheap
-        elif 2 * bins[0] > largest:
+        elif fixed or 2 * bins[0] > finest:
             break
         else:
-            three = _three(graph, bound, bins)
-            while _three(graph, bound, bins) == three:
-                bins = _finer(bins)
+            bins = 2 * bins[0], bins[1]
+    # Other cells, finer in one way or both, in half the window first: the fewer labels,
+    # the fewer compete for a cell.
+    full = [(finest + 1, 1)]
+    for bins in () if fixed or not best else _OTHERS:
+        for share in (0.5, 1.0):
+            crowded = any(f[0] <= bins[0] and f[1] <= bins[1] for f in full)
+            if crowded or settled():
+                break
+            upper = joules(best) - (1 - share) * max(joules(best) - bound.root_j, 0)
+            plan, log = yield from _asked(graph, bound, upper, bins, CAPACITIES[1])
+            count += int(log.count)
+            best = min(best, plan, key=joules)
+            if log.full:
+                full.append(bins)
     if best is None:
         return None
     return dataclasses.replace(best, labels=count, lower_bound_j=lower_j)
 
 
-def _finer(bins: tuple[int, int]) -> tuple[int, int]:
-    """Progress and time in turn: either may be what keeps a better plan out."""
-    progress, time = bins
-    turn = progress // _FIRST[0] > (time // _FIRST[1]) ** 0.5
-    return (progress, 4 * time) if turn else (2 * progress, time)
+def _asked(
+    graph: Graph, bound: Bounds, upper_j: float, bins: tuple[int, int], most: int
+) -> Generator[Window, cells.Log, tuple[Plan | None, cells.Log]]:
+    """Asks for one window; returns its plan, if any, and its log."""
+    log = yield Window(upper_j, _three(graph, bound, bins), most)
+    if log.best < 0:
+        return None, log
+    choices = cells.trace(graph, log, int(log.best))
+    plan = replay(graph.problem, choices, graph.tables, "bucket", resolution=bins)
+    if not feasible(graph.problem, plan):
+        raise AssertionError("a plan in ticks fails its replay")
+    return plan, log
 
 
 def _best_rollout(graph: Graph, bound: Bounds) -> Plan | None:
