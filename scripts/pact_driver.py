@@ -182,6 +182,9 @@ def made_on(records: list[Record]) -> str:
         devices = ", ".join(sorted({r["device"] for r in told}))
         commits = ", ".join(sorted({str(r["git"]["commit"]) for r in told}))
         parts.append(f"Made on {devices}; commits {commits}.")
+        again = {r["bucket_git"]["commit"] for r in told if "bucket_git" in r}
+        if again:
+            parts.append(f"Bucket was measured again: commit {', '.join(again)}.")
     if len(told) < len(records):
         parts.append(
             f"{len(records) - len(told)} of {len(records)} records are older and do "

@@ -113,6 +113,8 @@ def text(problems: list[Record]) -> list[str]:
         "disk, where it occurs.",
         report.markdown(_solvers(cases)),
         *_unfinished(cases),
+        "## Bucket, seed by seed",
+        report.markdown(_by_seed(proved)),
         "## Time of bucket once compiled",
         report.markdown(_times(cases)),
         "## Do plans switch versions?",
@@ -183,6 +185,21 @@ def _times(cases: list[Record]) -> list[list[str]]:
         times = [c["plans"]["bucket"]["cpu_again_s"] for c in same]
         row = [pact_driver.size_of({"size": size}), str(len(times))]
         table.append([*row, f"{np.median(times):.2f}", f"{max(times):.2f}"])
+    return table
+
+
+def _by_seed(cases: list[Record]) -> list[list[str]]:
+    table = [["versions x clusters x epochs", "seed", "proved", "mean excess", "max"]]
+    key = lambda c: (c["size"], c["seed"])
+    for (size, seed), same in itertools.groupby(sorted(cases, key=key), key):
+        plans = [c["plans"] for c in same]
+        gaps = [
+            p["bucket"]["joules"] / pact_driver.reference(p)[0] - 1
+            for p in plans
+            if p["bucket"]["joules"]
+        ]
+        row = [pact_driver.size_of({"size": size}), str(seed), str(len(plans))]
+        table.append([*row, _percent(np.mean(gaps)), _percent(max(gaps))])
     return table
 
 
