@@ -163,7 +163,7 @@ def _windows(
     while not settled():
         reach = bound.root_j * (1 + window) if window < np.inf else np.inf
         upper = min(joules(best), reach)
-        most = CAPACITIES[1 if best else -1]
+        most = CAPACITIES[1 if best and not fixed else -1]
         plan, log = yield from _asked(graph, bound, upper, bins, most)
         count += int(log.count)
         if joules(plan) < joules(best) or upper >= joules(best) < np.inf:
