@@ -28,32 +28,26 @@ def optimum(problem, filtered=True):
     return plan.joules
 
 
+def agrees(problem):
+    """Whether brute force finds a plan; labels find one as good, or none either."""
+    best, found = exact.brute_force(problem), optimum(problem)
+    assert (best is None) == (found is None)
+    if best is not None:
+        np.testing.assert_allclose(found, best.joules, rtol=1e-9)
+    return best is not None
+
+
 @pytest.mark.parametrize("block", range(8))
 def test_labels_agree_with_brute_force(block):
     feasible = 0
     for seed in range(30 * block, 30 * block + 30):
         versions = 1 + seed % 3  # few shapes, so that few programs are compiled
-        problem = small(seed, versions, 2, 3 if versions == 3 else 4)
-        best = exact.brute_force(problem)
-        found = optimum(problem)
-        feasible += best is not None
-        if best is None:
-            assert found is None
-        else:
-            np.testing.assert_allclose(found, best.joules, rtol=1e-9)
+        feasible += agrees(small(seed, versions, 2, 3 if versions == 3 else 4))
     assert 5 < feasible < 30
 
 
 def test_labels_agree_with_brute_force_where_many_places_compete():
-    feasible = 0
-    for seed in range(240, 264):
-        problem = small(seed, 2, 4, 3)
-        best, found = exact.brute_force(problem), optimum(problem)
-        feasible += best is not None
-        assert (best is None) == (found is None)
-        if best is not None:
-            np.testing.assert_allclose(found, best.joules, rtol=1e-9)
-    assert feasible > 5
+    assert sum(agrees(small(seed, 2, 4, 3)) for seed in range(240, 264)) > 5
 
 
 def test_labels_agree_with_brute_force_where_energy_is_free_somewhere():
@@ -61,12 +55,8 @@ def test_labels_agree_with_brute_force_where_energy_is_free_somewhere():
     for seed in range(264, 276):
         problem = small(seed, 2, 2, 4)
         free = dataclasses.replace(problem.nodes[0], joules_per_flop=0.0)
-        problem = dataclasses.replace(problem, nodes=(free, *problem.nodes[1:]))
-        best, found = exact.brute_force(problem), optimum(problem)
-        feasible += best is not None
-        assert (best is None) == (found is None)
-        if best is not None:
-            np.testing.assert_allclose(found, best.joules, rtol=1e-9)
+        nodes = free, *problem.nodes[1:]
+        feasible += agrees(dataclasses.replace(problem, nodes=nodes))
     assert feasible > 3
 
 

@@ -14,7 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import pact_driver  # noqa: E402
+import pact_errors  # noqa: E402
+import pact_joint  # noqa: E402
 import pact_joint_measured  # noqa: E402
+import pact_scaling  # noqa: E402
+import pact_study  # noqa: E402
 
 # Planning takes longer without optimisations.
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -65,8 +69,11 @@ def test_the_planned_study_makes_records_a_table_and_a_figure(tmp_path):
     assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_committed_table_is_that_of_the_records(tmp_path):
-    study = pact_joint_measured.STUDY
-    table, *_ = pact_driver.write_report(study, ROOT / "results" / "runs", tmp_path)
+@pytest.mark.parametrize(
+    "study", [pact_study, pact_scaling, pact_errors, pact_joint, pact_joint_measured]
+)
+def test_committed_tables_are_those_of_the_records(study, tmp_path):
+    runs = ROOT / "results" / "runs"
+    table, *_ = pact_driver.write_report(study.STUDY, runs, tmp_path)
     committed = ROOT / "results" / "tables" / table.name
     assert table.read_bytes() == committed.read_bytes(), "run scripts/report.py"
