@@ -23,7 +23,7 @@ from gcjax.pact.schedule import Plan, feasible, replay
 
 # Labels of one window: at first, at most to improve a plan, and at most to find one.
 CAPACITIES = 1 << 16, 1 << 18, 1 << 20
-_LABELS = 600_000  # after which a plan is not improved further
+_LABELS = 500_000  # after which a plan is not improved further
 # Labels of a cell are ranked by bounds that price time and epochs: few bins of these
 # are enough for most problems.
 _FIRST = 1024, 4
@@ -163,8 +163,7 @@ def _windows(
     while not settled():
         reach = bound.root_j * (1 + window) if window < np.inf else np.inf
         upper = min(joules(best), reach)
-        most = CAPACITIES[1 if best and not fixed else -1]
-        plan, log = yield from _asked(graph, bound, upper, bins, most)
+        plan, log = yield from _asked(graph, bound, upper, bins, CAPACITIES[-1])
         count += int(log.count)
         if joules(plan) < joules(best) or upper >= joules(best) < np.inf:
             best = min(best, plan, key=joules)
