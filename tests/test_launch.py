@@ -281,15 +281,28 @@ def test_a_failure_ends_ranks_that_do_not_listen_and_their_children(capfd, tmp_p
         "(path / 'new').rename(path / 'pids')\n"
         "time.sleep(100)\n"
     )
+    # Ends well, and is gone only when the launcher has seen that.
+    quick = (
+        "import os, pathlib\n"
+        f"path = pathlib.Path({str(tmp_path)!r})\n"
+        "(path / 'newer').write_text(str(os.getpid()))\n"
+        "(path / 'newer').rename(path / 'quick')\n"
+    )
     failing = (
-        "import pathlib, sys, time\n"
-        f"while not pathlib.Path({str(tmp_path / 'pids')!r}).exists():\n"
+        "import os, pathlib, sys, time\n"
+        f"path = pathlib.Path({str(tmp_path)!r})\n"
+        "while not ((path / 'pids').exists() and (path / 'quick').exists()):\n"
         "    time.sleep(0.01)\n"
-        "print('the cause')\n"
-        "sys.exit(3)\n"
+        "try:\n"
+        "    while True:\n"
+        "        os.kill(int((path / 'quick').read_text()), 0)\n"
+        "        time.sleep(0.01)\n"
+        "except ProcessLookupError:\n"
+        "    print('the cause')\n"
+        "    sys.exit(3)\n"
     )
     begun = time.monotonic()
-    commands = [python(stubborn), python("pass"), python(failing)]
+    commands = [python(stubborn), python(quick), python(failing)]
     assert cluster.run(commands, grace_seconds=0.2) == 3
     assert time.monotonic() - begun < 20
     printed = capfd.readouterr().err
