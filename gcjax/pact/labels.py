@@ -282,17 +282,20 @@ class _Settled:
         return np.sort(np.concatenate(kept))
 
     def _covers(self, place: int, seconds, loss, epoch) -> np.ndarray:
-        stairs = self.stairs.get(place, {})
         equal_s, equal_loss = self.equal
         found = np.zeros(len(seconds), bool)
         for k in np.unique(epoch).tolist():
-            levels = [level for level in stairs if level <= k]
-            if levels:
-                mine = epoch == k
-                found[mine] = stairs[max(levels)].covers(
-                    seconds[mine] + equal_s, loss[mine] + equal_loss
-                )
+            mine = epoch == k
+            found[mine] = self._within(place, k).covers(
+                seconds[mine] + equal_s, loss[mine] + equal_loss
+            )
         return found
+
+    def _within(self, place: int, epochs: int) -> _Staircase:
+        """The staircase of a place's labels of at most so many epochs."""
+        stairs = self.stairs.get(place, {})
+        levels = [level for level in stairs if level <= epochs]
+        return stairs[max(levels)] if levels else _Staircase(np.empty(0), np.empty(0))
 
     def _not_covered(self, seconds, loss, epoch) -> np.ndarray:
         """Which labels, in order of energy, none before them is as good as."""
@@ -310,14 +313,8 @@ class _Settled:
         stairs = self.stairs.setdefault(place, {})
         for k in np.unique(epoch).tolist():
             if k not in stairs:
-                below = [level for level in stairs if level < k]
-                start = stairs[max(below)] if below else None
-                empty = np.empty(0)
-                stairs[k] = (
-                    _Staircase(start.seconds, start.loss)
-                    if start
-                    else _Staircase(empty, empty)
-                )
+                below = self._within(place, k)
+                stairs[k] = _Staircase(below.seconds, below.loss)
         for k, stair in stairs.items():
             mine = epoch <= k
             if mine.any():
