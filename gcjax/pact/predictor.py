@@ -196,11 +196,7 @@ def refit_curve(
     Raises:
       ValueError: for losses that are not finite, or arrays of different lengths.
     """
-    before, samples, after = (np.asarray(v, float) for v in (before, samples, after))
-    if not before.shape == samples.shape == after.shape or before.ndim != 1:
-        raise ValueError("refit_curve needs one loss before and after for each epoch")
-    if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        raise ValueError("the run holds losses that are not finite")
+    before, samples, after = _epochs(before, samples, after)
 
     def corrected(p):
         floor = curve.floor * (1 + spread * p[1])
@@ -244,11 +240,7 @@ def fit_efficiency(
     Raises:
       ValueError: for losses that are not finite, or arrays of different lengths.
     """
-    before, samples, after = (np.asarray(v, float) for v in (before, samples, after))
-    if not before.shape == samples.shape == after.shape or before.ndim != 1:
-        raise ValueError("fit_efficiency needs one loss before and after each epoch")
-    if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        raise ValueError("the profile holds epochs whose loss is not finite")
+    before, samples, after = _epochs(before, samples, after)
     shares = np.append(0.0, np.geomspace(0.01, 1, 1000))
     ahead = np.log(next_loss(curve, before, shares[:, None] * samples))
     off = ((ahead - np.log(after)) ** 2).sum(1)
@@ -258,6 +250,19 @@ def fit_efficiency(
         return float(shares[best]), math.inf
     noise = off[best] / (len(before) - 1)
     return float(shares[best]), float(np.sqrt(noise / np.sum(slope**2)))
+
+
+def _epochs(before, samples, after) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Losses around some epochs, and their samples, as arrays that were checked."""
+    arrays = tuple(np.asarray(v, float) for v in (before, samples, after))
+    if len({v.shape for v in arrays}) > 1 or arrays[0].ndim != 1:
+        raise ValueError(
+            "a fit to epochs needs one loss before and after for each epoch, got "
+            f"{', '.join(str(v.shape) for v in arrays)}"
+        )
+    if not (np.isfinite(arrays[0]).all() and np.isfinite(arrays[2]).all()):
+        raise ValueError("the epochs hold losses that are not finite")
+    return arrays
 
 
 def fit_jump(before: np.ndarray, after: np.ndarray, top: float) -> Jump:
